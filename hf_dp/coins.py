@@ -1,0 +1,112 @@
+"""Where randomness comes from: the operating system, or, in tests alone, a fixed generator.
+
+Sampling and noise draw from `SecretCoins`, which reads the operating system's cryptographic generator
+and has no state that could be saved, replayed or guessed from ``TrainingArguments.seed``. PyTorch's
+CPU generator is no substitute: `torch.Generator.manual_seed` keeps 32 bits of the seed, and its
+Mersenne Twister can be rebuilt from outputs that an observer sees whenever a coordinate's gradient is
+known to be zero (an unused embedding row, an empty draw).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_BLOCK = 1 << 20  # values drawn at a time, so that memory stays bounded
+
+
+class Coins(ABC):
+    """A source of independent draws."""
+
+    is_secret: ClassVar[bool]
+
+    @abstractmethod
+    def bits(self, count: int) -> np.ndarray:
+        """`count` independent uniform 64-bit integers, ``(count,)`` uint64."""
+
+    @abstractmethod
+    def normal_like(self, tensor: Tensor) -> Tensor:
+        """Independent N(0, 1) draws of `tensor`'s shape and device, in its dtype."""
+
+    @contextlib.contextmanager
+    def for_library_code(self) -> Iterator[None]:
+        """Run code that draws from the global generators (dropout, collators) on these coins.
+
+        The global state is put back afterwards, so code outside sees the stream it would have seen.
+        A dropout mask that an observer can recompute from the public training seed would let the
+        other units' gradients depend on one unit's presence.
+        """
+        seeds = self.bits(3)
+        python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
+        devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(int(seeds[0] >> np.uint64(1)))
+            random.seed(int(seeds[1]))
+            np.random.seed(int(seeds[2] & np.uint64(0xFFFFFFFF)))  # noqa: NPY002
+            try:
+                yield
+            finally:
+                random.setstate(python_state)
+                np.random.set_state(numpy_state)  # noqa: NPY002
+
+
+class SecretCoins(Coins):
+    """Draws from the operating system; on an accelerator, from a generator keyed anew at each call.
+
+    Guarantees:
+        * No draw depends on any seed a user can set (test: test_secret_coins_ignore_every_seed).
+        * Normal draws reach beyond 8 standard deviations: 53-bit uniforms, not 24-bit ones.
+    """
+
+    is_secret: ClassVar[bool] = True
+
+    def bits(self, count: int) -> np.ndarray:
+        return np.frombuffer(os.urandom(8 * count), dtype=np.uint64)
+
+    def normal_like(self, tensor: Tensor) -> Tensor:
+        if tensor.device.type != "cpu":
+            generator = torch.Generator(device=tensor.device)
+            generator.manual_seed(int(self.bits(1)[0] >> np.uint64(1)))
+            return torch.randn(
+                tensor.shape, device=tensor.device, dtype=tensor.dtype, generator=generator
+            )
+        flat = torch.empty(tensor.numel(), dtype=tensor.dtype)
+        for start in range(0, flat.numel(), _BLOCK):
+            block = flat[start : start + _BLOCK]
+            block.copy_(torch.from_numpy(self._box_muller(block.numel())))
+        return flat.view(tensor.shape)
+
+    def _box_muller(self, count: int) -> np.ndarray:
+        half = (count + 1) // 2
+        uniform = ((self.bits(2 * half) >> np.uint64(11)) + 0.5) * 2.0**-53  # in (0, 1)
+        radius = np.sqrt(-2.0 * np.log(uniform[:half]))
+        angle = 2.0 * np.pi * uniform[half:]
+        pairs = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])
+        return pairs[:count]
+
+
+class FixedCoins(Coins):
+    """Reproducible draws, for tests. A run on them is not private, and its ledger says so."""
+
+    is_secret: ClassVar[bool] = False
+
+    def __init__(self, generator: torch.Generator) -> None:
+        """Draw from `generator`, a CPU generator."""
+        self.generator = generator
+
+    def bits(self, count: int) -> np.ndarray:
+        halves = torch.randint(0, 1 << 32, (2, count), generator=self.generator)
+        high, low = halves.numpy().astype(np.uint64)
+        return (high << np.uint64(32)) | low
+
+    def normal_like(self, tensor: Tensor) -> Tensor:
+        draws = torch.randn(tensor.shape, generator=self.generator, dtype=tensor.dtype)
+        return draws.to(tensor.device)

@@ -1,0 +1,1 @@
+"""Checks for layer rules and other parts, for our tests and for yours."""

@@ -1,0 +1,1 @@
+"""The Trainer made private: the only place, with demo, that knows transformers."""
