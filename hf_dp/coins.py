@@ -105,7 +105,8 @@ class FixedCoins(Coins):
     def bits(self, count: int) -> np.ndarray:
         halves = torch.randint(0, 1 << 32, (2, count), generator=self.generator)
         high, low = halves.numpy().astype(np.uint64)
-        return (high << np.uint64(32)) | low
+        drawn: np.ndarray = (high << np.uint64(32)) | low
+        return drawn
 
     def normal_like(self, tensor: Tensor) -> Tensor:
         draws = torch.randn(tensor.shape, generator=self.generator, dtype=tensor.dtype)

@@ -58,5 +58,5 @@ class LedgerMismatchError(LedgerError):
 
 
 def explain(owner_field: str, value: object, expected: str, why: str, remedy: str) -> str:
-    """Word a message: ``Owner.field=value: expected X. Why it matters. What to do.``"""
+    """Word a message in the one form that all messages have."""
     return f"{owner_field}={value!r}: expected {expected}. {why} {remedy}"

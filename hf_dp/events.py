@@ -108,9 +108,7 @@ def to_json(event: PrivacyEvent) -> dict[str, Any]:
             return [plain(item) for item in value]
         return value
 
-    if not dataclasses.is_dataclass(event) or isinstance(event, type):
-        raise TypeError(f"{event!r} is not a dataclass, so it cannot be written to a ledger")
-    fields = {f.name: plain(getattr(event, f.name)) for f in dataclasses.fields(event)}
+    fields = {f.name: plain(getattr(event, f.name)) for f in _fields(type(event))}
     return {"type": type(event).__name__, **fields}
 
 
@@ -124,7 +122,7 @@ def from_json(data: Mapping[str, Any]) -> PrivacyEvent:
             return tuple(rich(item) for item in value)
         return value
 
-    name = data.get("type")
+    name = str(data.get("type"))
     if name not in EVENT_TYPES:
         raise ConfigurationError(
             explain(
@@ -137,7 +135,7 @@ def from_json(data: Mapping[str, Any]) -> PrivacyEvent:
         )
     cls = EVENT_TYPES[name]
     fields = {key: rich(value) for key, value in data.items() if key != "type"}
-    known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    known = {f.name for f in _fields(cls)}
     if set(fields) != known:
         raise ConfigurationError(
             explain(
@@ -149,3 +147,7 @@ def from_json(data: Mapping[str, Any]) -> PrivacyEvent:
             )
         )
     return cls(**fields)
+
+
+def _fields(cls: type[PrivacyEvent]) -> tuple[dataclasses.Field[Any], ...]:
+    return dataclasses.fields(cls)  # type: ignore[arg-type]  # every event is a dataclass

@@ -1,0 +1,84 @@
+"""The interface of a gradient engine: from one micro-batch to its clipped sum."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from hf_dp.clipping.base import ClippingPolicy
+from hf_dp.clipping.loss import LossRelease
+from hf_dp.errors import ConfigurationError
+from hf_dp.layers.factors import wide
+from hf_dp.sums import ClippedSum
+
+ExampleLoss = Callable[[nn.Module, Mapping[str, Any]], Tensor]
+"""``example_loss(model, inputs)`` gives one loss per example, ``(B,)``, each from its own row alone."""
+
+
+class GradientEngine(ABC):
+    """Computes clipped sums. Engines agree with one another up to rounding."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def clipped_sum(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        *,
+        example_loss: ExampleLoss,
+        clipping: ClippingPolicy,
+        loss_release: LossRelease | None = None,
+    ) -> ClippedSum:
+        """The sum over a micro-batch of clipped per-example gradients.
+
+        Args:
+            model: Trainable parameters are those with ``requires_grad``.
+            inputs: Tensors with the examples on their first axis, ``(B, ...)``, and other values.
+            example_loss: One loss per example.
+            clipping: Bounds gradient and loss coordinate together.
+            loss_release: How the loss enters the release; None leaves it out.
+
+        Guarantees:
+            * One example moves the result by at most ``clipping.sensitivity``, whatever it holds; an
+              example whose gradient or loss is not finite adds nothing.
+        """
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name -> parameter, each once, in the model's order; refuses a model that trains nothing."""
+    found = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not found:
+        raise ConfigurationError(
+            f"model={type(model).__name__}: expected at least one parameter with requires_grad=True. "
+            "There is nothing to train. Unfreeze a layer, or add an adapter."
+        )
+    return found
+
+
+def empty_sum(model: nn.Module, loss_release: LossRelease | None) -> ClippedSum:
+    """The clipped sum of no examples: zeros. An empty draw is still a release."""
+    parameters = trainable_parameters(model)
+    grads = {name: torch.zeros_like(wide(p.detach())) for name, p in parameters.items()}
+    none = next(iter(grads.values())).new_zeros(0)
+    loss_sum = None if loss_release is None else none.sum()
+    return ClippedSum(grads=grads, norms=none, losses=none, loss_sum=loss_sum)
+
+
+def gradient_clipping(clipping: ClippingPolicy, loss_release: LossRelease | None) -> ClippingPolicy:
+    """The policy for the gradient alone: what the loss's coordinate leaves of the sensitivity."""
+    return clipping if loss_release is None else clipping.scaled(loss_release.gradient_share)
+
+
+def released_losses(
+    losses: Tensor, dropped: Tensor, clipping: ClippingPolicy, loss_release: LossRelease | None
+) -> Tensor | None:
+    """The loss coordinate's sum, 0-d, over the units that were not dropped."""
+    if loss_release is None:
+        return None
+    coordinates = loss_release.coordinates(wide(losses), sensitivity=clipping.sensitivity)
+    return coordinates.masked_fill(dropped, 0).sum()

@@ -1,0 +1,92 @@
+"""Cutting a collated batch into its examples, without knowing what the tensors mean."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from hf_dp.errors import ConfigurationError, explain
+
+# Models broadcast one row of positions over the batch: it belongs to no example, so every one gets it.
+_SHARED_BY_ALL = frozenset({"position_ids"})
+
+
+def batch_size(inputs: Mapping[str, Any]) -> int:
+    """How many examples the batch holds.
+
+    Args:
+        inputs: What a collator returned: tensors and lists with one row per example; numbers, flags,
+            strings, None and 0-d tensors are settings that all examples share.
+
+    Returns:
+        The common leading size of every tensor and list.
+
+    Raises:
+        ConfigurationError: If there is none, or they disagree.
+    """
+    sizes = {name: size for name, value in inputs.items() for size in _leading_sizes(name, value)}
+    if not sizes:
+        raise ConfigurationError(
+            explain(
+                "batch",
+                sorted(inputs),
+                "at least one tensor with a row per example",
+                "Gradients are clipped example by example, so the batch must be divisible.",
+                "Return tensors such as input_ids and labels from the data collator.",
+            )
+        )
+    if len(set(sizes.values())) > 1:
+        raise ConfigurationError(
+            explain(
+                "batch",
+                sorted(sizes),
+                "the same number of rows in every tensor",
+                "A tensor whose rows are not the examples cannot be attributed to one of them.",
+                "Let the data collator return one row per example, or pass example_loss.",
+            )
+        )
+    return next(iter(sizes.values()))
+
+
+def row(inputs: Mapping[str, Any], index: int) -> dict[str, Any]:
+    """The example at `index` as a batch of one: a new dict whose tensors are views."""
+    size = batch_size(inputs)
+    if not 0 <= index < size:
+        raise IndexError("the batch has no such row")
+    return {name: _cut(name, value, slice(index, index + 1)) for name, value in inputs.items()}
+
+
+def select_rows(inputs: Mapping[str, Any], indices: Sequence[int]) -> dict[str, Any]:
+    """The examples at `indices`, in that order, as a smaller batch: a new dict of copies."""
+    batch_size(inputs)
+    return {name: _pick(name, value, list(indices)) for name, value in inputs.items()}
+
+
+def _leading_sizes(name: str, value: object) -> Iterator[int]:
+    if isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _leading_sizes(name, inner)
+    elif _has_rows(name, value):
+        yield len(value)  # type: ignore[arg-type]
+
+
+def _has_rows(name: str, value: object) -> bool:
+    if isinstance(value, Tensor):
+        return value.dim() > 0 and not (name in _SHARED_BY_ALL and len(value) == 1)
+    return isinstance(value, list | tuple)
+
+
+def _cut(name: str, value: Any, rows: slice) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _cut(name, inner, rows) for key, inner in value.items()}
+    return value[rows] if _has_rows(name, value) else value
+
+
+def _pick(name: str, value: Any, indices: list[int]) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _pick(name, inner, indices) for key, inner in value.items()}
+    if not _has_rows(name, value):
+        return value
+    return value[indices] if isinstance(value, Tensor) else [value[index] for index in indices]

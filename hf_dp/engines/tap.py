@@ -1,0 +1,170 @@
+"""Taps: one autograd function behind each module, through which its gradients are seen.
+
+A tap saves the module's input with ``save_for_backward`` (so that checkpointing recomputes it) and
+receives the gradient of the module's output. The parameters' ``requires_grad`` is off while their
+module runs, so no ordinary weight gradient is ever computed, and a use of a trainable parameter
+outside its tapped module shows in the graph.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from hf_dp.engines.coverage import Coverage, TapPoint, UnitAxis
+from hf_dp.errors import PrivacyError, UncoveredParameterError
+
+
+@dataclass
+class Call:
+    """What one call of a tapped module left behind: input and output gradient."""
+
+    point: TapPoint
+    inputs: Tensor
+    output_grads: Tensor
+
+
+@dataclass
+class Recording:
+    """The calls of one forward and backward pass."""
+
+    parameters: Sequence[nn.Parameter]
+    anchor: Tensor
+    calls: list[Call] = field(default_factory=list)
+
+    def backward(self, losses: Tensor, names: Sequence[str]) -> None:
+        """Run the one backward pass; afterwards `calls` is filled.
+
+        Raises:
+            UncoveredParameterError: A trainable parameter was used outside its tapped module.
+        """
+        if not losses.requires_grad:
+            return  # no trainable parameter took part: every gradient is zero
+        targets = [self.anchor, *self.parameters]
+        found = torch.autograd.grad(losses.sum(), targets, allow_unused=True)[1:]
+        used = [name for name, grad in zip(names, found, strict=True) if grad is not None]
+        if used:
+            raise UncoveredParameterError(
+                f"parameters {used}: expected every use to be inside a module with a layer rule. "
+                "A use elsewhere has a gradient that is not clipped. "
+                "Use engine='sequential', freeze them, or add a rule for the module that uses them."
+            )
+
+
+class _Tap(torch.autograd.Function):
+    """Identity forward; backward hands the output gradient to the recording."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        recording: Recording,
+        point: TapPoint,
+        anchor: Tensor,
+        output: Tensor,
+        inputs: Tensor,
+    ) -> Tensor:
+        ctx.recording, ctx.point = recording, point
+        ctx.save_for_backward(inputs)
+        return output.detach()  # returning an input would make a view and break in-place operations
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, output_grads: Tensor) -> Any:
+        (inputs,) = ctx.saved_tensors
+        ctx.recording.calls.append(Call(ctx.point, inputs.detach(), output_grads))
+        return None, None, ctx.recording.anchor.new_zeros(()), output_grads, None
+
+
+@contextlib.contextmanager
+def recording(coverage: Coverage, num_units: int) -> Iterator[Recording]:
+    """Tap every point of `coverage`; hooks and ``requires_grad`` are put back on the way out."""
+    parameters = list(coverage.parameters.values())
+    anchor = torch.zeros((), device=parameters[0].device, requires_grad=True)
+    record = Recording(parameters, anchor)
+    with contextlib.ExitStack() as stack:
+        stack.callback(_enable, parameters)
+        for point in coverage.points:
+            axis = coverage.axes.get(point.name, UnitAxis.FIRST)
+            tap = _PointTap(record, point, axis, num_units)
+            tap.attach(stack)
+        yield record
+
+
+def _enable(parameters: Sequence[nn.Parameter]) -> None:
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+
+
+class _PointTap:
+    """The hooks of one tap point."""
+
+    def __init__(self, record: Recording, point: TapPoint, axis: UnitAxis, num_units: int) -> None:
+        self.record = record
+        self.point = point
+        self.axis = axis
+        self.num_units = num_units
+
+    def attach(self, stack: contextlib.ExitStack) -> None:
+        if self.point.method == "forward":
+            module = self.point.module
+            stack.enter_context(module.register_forward_pre_hook(self._before))
+            stack.enter_context(module.register_forward_hook(self._after, with_kwargs=True))
+        else:
+            self._wrap_method(stack)
+
+    def _before(self, *_: object) -> None:
+        self._set_requires_grad(False)
+
+    def _after(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor:
+        self._set_requires_grad(True)
+        inputs = args[0] if args else next(iter(kwargs.values()))
+        return self._tapped(inputs, output, first=inputs.shape[0])
+
+    def _wrap_method(self, stack: contextlib.ExitStack) -> None:
+        """Tap a method's output instead, for ``compute_bias``, whose table has no unit axis."""
+        module, name = self.point.module, self.point.method
+        table = module.get_submodule("relative_attention_bias")
+        original = getattr(module, name)
+        seen: list[Tensor] = []
+
+        def wrapped(*args: Any, **kwargs: Any) -> Tensor:
+            self._set_requires_grad(False)
+            handle = table.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+            try:
+                output = original(*args, **kwargs)
+            finally:
+                handle.remove()
+                self._set_requires_grad(True)
+            return self._tapped(seen.pop(), output, first=output.shape[0])
+
+        vars(module)[name] = wrapped
+        stack.callback(vars(module).pop, name)
+
+    def _tapped(self, inputs: Tensor, output: Tensor, *, first: int) -> Tensor:
+        if not torch.is_grad_enabled():
+            return output
+        shared = self.axis is UnitAxis.SHARED or self.point.method != "forward"
+        if first != (1 if shared else self.num_units):
+            raise PrivacyError(
+                f"module {self.point.name!r} got an input with {first} rows on its first axis: expected "
+                f"{'one row for all examples' if shared else 'one row per example'}. "
+                "Without that axis one example's gradient cannot be told from another's. "
+                "Use engine='sequential'."
+            )
+        if shared and self.num_units > 1:
+            output = output.expand(self.num_units, *output.shape[1:])
+        apply: Callable[..., Tensor] = _Tap.apply
+        tapped = apply(self.record, self.point, self.record.anchor, output, inputs)
+        return tapped
+
+    def _set_requires_grad(self, value: bool) -> None:
+        for parameter in self.point.parameters:
+            parameter.requires_grad_(value)

@@ -1,0 +1,58 @@
+"""Rules for normalisation layers: LayerNorm and the RMSNorms."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from hf_dp.layers.base import trains
+from hf_dp.layers.factors import Factor, Vec, wide
+
+
+def layer_norm(
+    module: nn.Module, inputs: Tensor, output_grads: Tensor, num_units: int
+) -> Iterator[tuple[nn.Parameter, Factor]]:
+    """`torch.nn.LayerNorm`: gain gets ``sum_t g_t * xhat_t``, shift gets ``sum_t g_t``."""
+    shape: tuple[int, ...] = module.normalized_shape  # type: ignore[assignment]
+    eps: float = module.eps  # type: ignore[assignment]
+    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+    g = wide(output_grads)
+    if weight is not None and trains(weight):
+        normalised = F.layer_norm(wide(inputs), shape, None, None, eps)
+        yield weight, Vec(_over_positions(g * normalised, num_units, shape))
+    if bias is not None and trains(bias):
+        yield bias, Vec(_over_positions(g, num_units, shape))
+
+
+def rms_norm(
+    module: nn.Module, inputs: Tensor, output_grads: Tensor, num_units: int
+) -> Iterator[tuple[nn.Parameter, Factor]]:
+    """``weight * x / rms(x)``: gain gets ``sum_t g_t * xhat_t``."""
+    return _gain(module, inputs, output_grads, num_units, neutral=1.0)
+
+
+def rms_norm_offset(
+    module: nn.Module, inputs: Tensor, output_grads: Tensor, num_units: int
+) -> Iterator[tuple[nn.Parameter, Factor]]:
+    """``(1 + weight) * x / rms(x)``, as Gemma stores it: the same gradient."""
+    return _gain(module, inputs, output_grads, num_units, neutral=0.0)
+
+
+def _gain(
+    module: nn.Module, inputs: Tensor, output_grads: Tensor, num_units: int, *, neutral: float
+) -> Iterator[tuple[nn.Parameter, Factor]]:
+    weight = module.get_parameter("weight")
+    if trains(weight):
+        # the module's own arithmetic with a gain of one: its casts to float32 and back included
+        unscaled = {"weight": torch.full_like(weight, neutral)}
+        normalised = functional_call(module, unscaled, (inputs,))
+        products = wide(output_grads) * normalised
+        yield weight, Vec(_over_positions(products, num_units, tuple(weight.shape)))
+
+
+def _over_positions(products: Tensor, num_units: int, shape: tuple[int, ...]) -> Tensor:
+    return products.reshape(num_units, -1, *shape).sum(1)

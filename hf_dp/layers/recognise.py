@@ -1,0 +1,117 @@
+"""Which rule fits a module: by exact type where torch defines it, else by what its forward computes.
+
+A name proves nothing: dozens of transformers classes are called RMSNorm, and a subclass may change
+``forward``. So a module that is not one of torch's own is run on a random input and compared with the
+formula its rule assumes; only agreement gives it the rule.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hf_dp.layers.base import LayerRule, LayerRules
+from hf_dp.layers.embedding import embedding, is_plain_embedding
+from hf_dp.layers.linear import linear, transposed_linear
+from hf_dp.layers.norm import layer_norm, rms_norm, rms_norm_offset
+
+DEFAULT_LAYER_RULES: LayerRules = {
+    nn.Linear: linear,
+    nn.Embedding: embedding,
+    nn.LayerNorm: layer_norm,
+}
+
+_EPSILON_NAMES = ("eps", "variance_epsilon", "epsilon")
+
+Formula = Callable[[nn.Module, Tensor], Tensor]
+
+
+def recognise(module: nn.Module, rules: LayerRules = DEFAULT_LAYER_RULES) -> LayerRule | None:
+    """The rule that covers `module`'s own parameters, or None.
+
+    Args:
+        module: A module that owns parameters directly.
+        rules: Module type -> rule. A subclass gets its parent's rule only if it runs the parent's
+            ``forward``; a module whose ``forward`` was replaced on the instance gets none.
+    """
+    if "forward" in vars(module):
+        return None
+    for cls in type(module).__mro__:
+        if cls in rules and _forward(type(module)) is _forward(cls):
+            rule = rules[cls]
+            return rule if rule is not embedding or is_plain_embedding(module) else None
+    return _by_computation(module)
+
+
+def _forward(cls: type) -> object:
+    return getattr(cls, "forward", None)
+
+
+def is_relative_bias_owner(module: nn.Module) -> bool:
+    """Whether `module` looks its attention bias up in ``compute_bias``, without a unit axis."""
+    table = getattr(module, "relative_attention_bias", None)
+    return (
+        isinstance(table, nn.Embedding)
+        and is_plain_embedding(table)
+        and table.padding_idx is None
+        and callable(getattr(type(module), "compute_bias", None))
+    )
+
+
+def _by_computation(module: nn.Module) -> LayerRule | None:
+    own = dict(module.named_parameters(recurse=False))
+    if any(True for _ in module.children()) or "weight" not in own:
+        return None
+    weight = own["weight"]
+    candidates: list[tuple[LayerRule, Formula]] = []
+    if set(own) == {"weight"} and weight.dim() == 1:
+        candidates = [(rms_norm, _rms_gain), (rms_norm_offset, _rms_one_plus_gain)]
+    elif set(own) <= {"weight", "bias"} and weight.dim() == 2:
+        candidates = [(transposed_linear, _transposed)]
+    width = weight.shape[0]
+    return next((rule for rule, formula in candidates if _computes(module, formula, width)), None)
+
+
+def _rms_gain(module: nn.Module, x: Tensor) -> Tensor:
+    return _over_rms(module, x) * module.get_parameter("weight")
+
+
+def _rms_one_plus_gain(module: nn.Module, x: Tensor) -> Tensor:
+    return _over_rms(module, x) * (1 + module.get_parameter("weight"))
+
+
+def _over_rms(module: nn.Module, x: Tensor) -> Tensor:
+    named = (getattr(module, name, None) for name in _EPSILON_NAMES)
+    eps = next((value for value in named if isinstance(value, float)), torch.finfo(x.dtype).eps)
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+
+def _transposed(module: nn.Module, x: Tensor) -> Tensor:
+    weight, bias = module.get_parameter("weight"), module._parameters.get("bias")
+    return F.linear(x, weight.mT, bias)
+
+
+@torch.no_grad()
+def _computes(module: nn.Module, formula: Formula, width: int) -> bool:
+    """Whether `module` agrees with `formula` on random inputs, large and small, and random parameters.
+
+    A float64 copy is run; the tolerance leaves room for modules that compute in float32 inside. The
+    small inputs make a wrong eps visible.
+    """
+    generator = torch.Generator().manual_seed(0)  # a public check: nothing private is involved
+    twin = copy.deepcopy(module).cpu().double()
+    for parameter in twin.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    x = torch.randn(2, 3, width, generator=generator, dtype=torch.float64)
+    x = x * torch.logspace(-4, 1, 6, dtype=torch.float64).view(2, 3, 1)
+    try:
+        actual, expected = twin(x), formula(twin, x)
+    except (TypeError, ValueError, RuntimeError, IndexError):
+        return False
+    if not isinstance(actual, Tensor) or actual.shape != expected.shape:
+        return False
+    return torch.allclose(actual.to(expected), expected, rtol=1e-4, atol=1e-7)

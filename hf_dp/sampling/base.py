@@ -1,0 +1,28 @@
+"""The interface of a sampler: it draws logical batches and states what the drawing does to an event."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import ClassVar
+
+from hf_dp.coins import Coins
+from hf_dp.events import NeighboringRelation, PrivacyEvent, PrivacyUnit
+
+
+class BatchSampler(ABC):
+    """Draws the units of each logical batch. Fields are public; what is private is an argument."""
+
+    unit: ClassVar[PrivacyUnit]
+    relation: ClassVar[NeighboringRelation]
+
+    @abstractmethod
+    def batches(self, num_units: int, coins: Coins) -> Iterator[list[int]]:
+        """Logical batches without end, each a list of unit indices in [0, num_units).
+
+        A batch may be empty; it is still a step and still a release.
+        """
+
+    @abstractmethod
+    def event(self, inner: PrivacyEvent) -> PrivacyEvent:
+        """What releasing `inner` becomes when its input is one of these batches."""
