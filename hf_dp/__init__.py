@@ -48,8 +48,7 @@ def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module 'hf_dp' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOME[name]), name)
-    # Kept under its own name: `hf_dp.training.clipped_sum` the module must not be found instead.
-    globals()[name] = value
+    globals()[name] = value  # the next look-up does not come here
     return value
 
 
