@@ -1,0 +1,160 @@
+"""What a run guarantees: facts read from its ledger, and the epsilon that follows from them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from hf_dp.accounting import accountant_named
+from hf_dp.accounting.base import Guarantee
+from hf_dp.errors import LedgerError
+from hf_dp.events import NeighboringRelation
+from hf_dp.ledger import LEDGER_NAME, LedgerRecord, read_ledger
+
+_RELATIONS = {
+    NeighboringRelation.ADD_OR_REMOVE_ONE: "add or remove one {unit}",
+    NeighboringRelation.REPLACE_ONE: "replace one {unit}",
+    NeighboringRelation.REPLACE_SPECIAL: "replace one {unit} by one that contributes nothing "
+    "(the number of {unit}s is public)",
+}
+
+
+@dataclass(frozen=True)
+class PrivacyReport:
+    """The guarantee of everything released so far, and what it rests on.
+
+    Attributes:
+        guarantee: Epsilon, delta and who says so.
+        num_releases: Releases in the ledger, those after the last checkpoint included.
+        run_id: Names the run.
+        header: The ledger's first line: plan, population, versions.
+        torn: Whether the ledger's last line was cut short; it is counted as a release.
+    """
+
+    guarantee: Guarantee
+    num_releases: int
+    run_id: str
+    header: Mapping[str, Any]
+    torn: bool
+
+    @classmethod
+    def from_ledger(cls, path: str | os.PathLike[str], *, accountant: str | None = None) -> Self:
+        """Read a ledger, or the one in a run's folder, and cost it.
+
+        Args:
+            path: The ledger, or the output directory or checkpoint that holds it.
+            accountant: Another accountant than the run's own.
+
+        Raises:
+            LedgerError: The ledger is missing, damaged, or not of a training run.
+        """
+        file = Path(path)
+        if file.is_dir():
+            file = file / LEDGER_NAME
+        return cls._of(read_ledger(file), accountant)
+
+    @classmethod
+    def _of(cls, record: LedgerRecord, accountant: str | None) -> Self:
+        header = record.header
+        missing = {"delta", "unit", "relation", "accountant", "plan"} - set(header)
+        if missing:
+            raise LedgerError(
+                f"ledger.header={sorted(header)}: expected also {sorted(missing)}. Without them the "
+                "guarantee cannot be stated. Use a ledger that DPTrainer wrote."
+            )
+        guarantee = accountant_named(accountant or header["accountant"]).guarantee(
+            record.event(),
+            delta=header["delta"],
+            unit=header["unit"],
+            relation=NeighboringRelation(header["relation"]),
+        )
+        return cls(guarantee, record.num_releases, record.run_id, header, record.torn)
+
+    @property
+    def is_private(self) -> bool:
+        """Whether the randomness was secret; a run on a test's generator is not private."""
+        return bool(self.header.get("coins") == "operating system")
+
+    @property
+    def neighbors(self) -> str:
+        """The neighbouring relation in words."""
+        return _RELATIONS[self.guarantee.relation].format(unit=self.guarantee.unit)
+
+    def parts(self) -> dict[str, str]:
+        """Sampler, clipping and noise, each as ``Class(field=value, ...)``."""
+        plan = self.header["plan"]
+        return {name: _short(plan[name]) for name in ("sampler", "clipping", "noise")}
+
+    def caveats(self) -> list[str]:
+        """What the guarantee does not cover, or must be known to read it."""
+        found = [
+            "Choosing hyper-parameters on the same data is not counted.",
+            "Evaluation metrics and model selection are exact; the evaluation data is not protected.",
+        ]
+        if self.header.get("nonprivate_metrics"):
+            found.append(
+                "Exact quantities were logged under nonprivate/; they are outside the guarantee."
+            )
+        if self.torn:
+            found.append("The last line of the ledger was cut short; it is counted as a release.")
+        if self.guarantee.relation is NeighboringRelation.REPLACE_SPECIAL:
+            found.append(
+                "The same epsilon holds for adding or removing one if batch size, steps and sampling "
+                "probability were fixed without looking at the number of examples."
+            )
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as one JSON object."""
+        return {
+            "epsilon": self.guarantee.epsilon,
+            "delta": self.guarantee.delta,
+            "is_upper_bound": self.guarantee.is_upper_bound,
+            "is_private": self.is_private,
+            "accountant": self.guarantee.accountant,
+            "unit": self.guarantee.unit,
+            "relation": str(self.guarantee.relation),
+            "noise_multiplier": self.header["plan"]["noise"].get("noise_multiplier"),
+            "sampling_probability": self.header["plan"]["sampler"].get("sampling_probability"),
+            "num_releases": self.num_releases,
+            "num_steps": self.header["plan"]["num_steps"],
+            "population_size": self.header.get("population_size"),
+            "target_epsilon": self.header.get("target_epsilon"),
+            "run_id": self.run_id,
+            "torn": self.torn,
+        }
+
+    def __str__(self) -> str:
+        guarantee = self.guarantee
+        kind = "upper bound" if guarantee.is_upper_bound else "an estimate, not a bound"
+        claim = (
+            f"epsilon <= {guarantee.epsilon:.4g} at delta = {guarantee.delta:.3g}"
+            if guarantee.is_upper_bound
+            else f"no guarantee: {kind}"
+        )
+        lines = [
+            f"{claim} ({guarantee.accountant}, {kind}), per {guarantee.unit}",
+            f"neighbours: {self.neighbors}",
+            *(f"{name}: {text}" for name, text in self.parts().items()),
+            f"releases: {self.num_releases} of {self.header['plan']['num_steps']} planned, "
+            f"over {self.header.get('population_size')} {guarantee.unit}s; "
+            f"run {self.run_id[:8]}, ledger intact",
+            *(f"note: {caveat}" for caveat in self.caveats()),
+        ]
+        if not self.is_private:
+            lines.insert(0, f"NOT PRIVATE ({self.header.get('coins')})")
+        return "\n".join(lines)
+
+
+def _short(part: Mapping[str, Any]) -> str:
+    fields = ", ".join(
+        f"{key}={value:.6g}" if isinstance(value, float) else f"{key}={value}"
+        for key, value in part.items()
+        if key != "type"
+    )
+    name = str(part["type"])
+    shown = name.rsplit(".", 1)[-1] if name.startswith("hf_dp.") else name
+    return f"{shown}({fields})"

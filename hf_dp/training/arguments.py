@@ -1,0 +1,195 @@
+"""DPArguments: the one new thing a Trainer user passes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hf_dp._validate import one_of, open_unit_interval, positive
+from hf_dp.accounting import ACCOUNTANTS, check_delta, default_delta
+from hf_dp.engines import ENGINES
+from hf_dp.errors import ConfigurationError, explain
+
+LEDGER_MODES = ("new", "continue")
+PRIVACY_UNITS = ("example",)
+SAMPLINGS = ("poisson",)
+
+
+@dataclass
+class DPArguments:
+    """What privacy is asked for. Set exactly one of `target_epsilon` and `noise_multiplier`.
+
+    Every option is explained in its ``metadata["help"]``; ``HfArgumentParser((TrainingArguments,
+    DPArguments))`` parses both, and no name is shared with ``TrainingArguments``.
+
+    Raises:
+        ConfigurationError: A value is out of range; the message says what to write instead.
+    """
+
+    target_epsilon: float | None = field(
+        default=None,
+        metadata={
+            "help": "Epsilon that the whole run must not pass; the accountant chooses the noise for it."
+        },
+    )
+    target_delta: float | None = field(
+        default=None,
+        metadata={
+            "help": "Delta of the guarantee, below 1 / number of examples. Default: that number ** -1.1."
+        },
+    )
+    noise_multiplier: float | None = field(
+        default=None,
+        metadata={
+            "help": "Standard deviation of the noise divided by clipping_norm, instead of target_epsilon."
+        },
+    )
+    clipping_norm: float = field(
+        default=1.0,
+        metadata={
+            "help": "L2 norm to which each example's gradient (and loss coordinate) is clipped."
+        },
+    )
+    expected_batch_size: float | None = field(
+        default=None,
+        metadata={
+            "help": "Mean number of examples in a logical batch. Default: per_device_train_batch_size x "
+            "gradient_accumulation_steps x number of processes."
+        },
+    )
+    accountant: str = field(
+        default="pld", metadata={"help": "Who computes epsilon: 'pld' (tight) or 'rdp'."}
+    )
+    sampling: str = field(
+        default="poisson", metadata={"help": "How logical batches are drawn: 'poisson'."}
+    )
+    privacy_unit: str = field(
+        default="example", metadata={"help": "Whose data is protected together: 'example'."}
+    )
+    engine: str = field(
+        default="auto",
+        metadata={
+            "help": "How gradients are clipped per example: 'book_keeping' (one backward pass), "
+            "'sequential' (one example at a time), or 'auto'."
+        },
+    )
+    private_loss: bool = field(
+        default=True,
+        metadata={
+            "help": "Release the training loss as one more noised coordinate and log it as 'loss'."
+        },
+    )
+    loss_share: float = field(
+        default=0.1,
+        metadata={
+            "help": "Part of clipping_norm that the released loss takes; 0.1 leaves 99.5% for the gradient."
+        },
+    )
+    loss_ceiling: float | None = field(
+        default=None,
+        metadata={
+            "help": "Losses above it count as this much in the released loss. Default: from the number of "
+            "classes or the vocabulary."
+        },
+    )
+    nonprivate_metrics: bool = field(
+        default=False,
+        metadata={
+            "help": "Log exact, unprotected quantities under 'nonprivate/'. They are outside the guarantee."
+        },
+    )
+    ledger: str = field(
+        default="new",
+        metadata={
+            "help": "What to do with the ledger of an earlier run in output_dir: 'new' refuses to start, "
+            "'continue' counts what it spent. Resuming from a checkpoint always continues."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range."""
+        self._check_noise()
+        positive(
+            "DPArguments.clipping_norm",
+            self.clipping_norm,
+            "It bounds what one example can add to the sum, and the noise is sized by it.",
+            "Typical values are 0.1 to 1.",
+        )
+        open_unit_interval(
+            "DPArguments.loss_share",
+            self.loss_share,
+            "It is the part of the sensitivity that the released loss takes.",
+            "Use 0.1, or private_loss=False to release no loss.",
+        )
+        self._check_optional_numbers()
+        self._check_choices()
+
+    def _check_noise(self) -> None:
+        given = [self.target_epsilon is not None, self.noise_multiplier is not None]
+        if given.count(True) != 1:
+            raise ConfigurationError(
+                explain(
+                    "DPArguments.(target_epsilon, noise_multiplier)",
+                    (self.target_epsilon, self.noise_multiplier),
+                    "exactly one of the two",
+                    "Neither asks for no privacy, and both contradict each other.",
+                    "Set target_epsilon=3.0 and let the accountant choose the noise, or set "
+                    "noise_multiplier and read epsilon from the log.",
+                )
+            )
+        if self.target_epsilon is not None:
+            positive(
+                "DPArguments.target_epsilon",
+                self.target_epsilon,
+                "Epsilon 0 would need infinite noise.",
+                "Typical values are 0.5 to 8.",
+            )
+        if self.noise_multiplier is not None:
+            positive(
+                "DPArguments.noise_multiplier",
+                self.noise_multiplier,
+                "Without noise nothing is private.",
+                "Use transformers.Trainer to train without privacy.",
+            )
+
+    def _check_optional_numbers(self) -> None:
+        if self.target_delta is not None:
+            open_unit_interval(
+                "DPArguments.target_delta",
+                self.target_delta,
+                "It is the probability with which the epsilon may fail to hold.",
+                "Leave it out for the default, or use a value well below 1 / number of examples.",
+            )
+        if self.expected_batch_size is not None:
+            positive(
+                "DPArguments.expected_batch_size",
+                self.expected_batch_size,
+                "It sets the sampling probability and divides every noisy sum.",
+                "Use the batch size you would train with; larger is better under privacy.",
+            )
+        if self.loss_ceiling is not None:
+            positive(
+                "DPArguments.loss_ceiling",
+                self.loss_ceiling,
+                "Losses are clipped to it before they are released.",
+                "Use about twice the loss of a model that guesses.",
+            )
+
+    def _check_choices(self) -> None:
+        choices = {
+            "accountant": (ACCOUNTANTS, "It decides which epsilon is claimed."),
+            "engine": (ENGINES, "It decides how gradients are clipped per example."),
+            "ledger": (
+                LEDGER_MODES,
+                "Earlier spending must be counted or refused, never forgotten.",
+            ),
+            "privacy_unit": (PRIVACY_UNITS, "It is what the guarantee is about."),
+            "sampling": (SAMPLINGS, "The accounting holds for the sampler that was used."),
+        }
+        for name, (allowed, why) in choices.items():
+            one_of(f"DPArguments.{name}", getattr(self, name), allowed, why)
+
+    def delta_for(self, num_examples: int) -> float:
+        """The delta of the guarantee: `target_delta`, or the default for this many examples."""
+        delta = default_delta(num_examples) if self.target_delta is None else self.target_delta
+        check_delta(delta, num_examples)
+        return delta

@@ -1,0 +1,130 @@
+"""From a drawn logical batch to micro-batches that fit in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from hf_dp.coins import Coins
+from hf_dp.sampling.base import BatchSampler
+
+Collator = Callable[[list[Any]], Any]
+
+
+class LogicalBatch:
+    """The micro-batches of one draw, possibly none: one item of the loader, one optimizer step.
+
+    It answers none of the questions that the Trainer asks a batch (its keys, its tokens), for their
+    exact answers are private data.
+    """
+
+    def __init__(self, micro_batches: Sequence[Any]) -> None:
+        """Hold what the collator made of each micro-batch."""
+        self.micro_batches = list(micro_batches)
+
+    def __contains__(self, key: object) -> bool:
+        return False
+
+    def pin_memory(self) -> LogicalBatch:
+        """Pin every tensor, as ``dataloader_pin_memory`` asks."""
+        pin: Callable[[Any], Any] = torch.utils.data._utils.pin_memory.pin_memory
+        return LogicalBatch([pin(micro_batch) for micro_batch in self.micro_batches])
+
+
+class LogicalBatchCollator:
+    """Orders a draw by length and collates it in micro-batches of at most `micro_batch_size`.
+
+    The order inside a draw is free of privacy cost: the sum does not depend on it.
+    """
+
+    def __init__(self, collator: Collator, micro_batch_size: int, length_key: str) -> None:
+        """Wrap the Trainer's own `collator`; `length_key` names the field whose length counts."""
+        self.collator = collator
+        self.micro_batch_size = micro_batch_size
+        self.length_key = length_key
+
+    def __call__(self, examples: list[Any]) -> LogicalBatch:
+        """Collate one draw; an empty one gives no micro-batch."""
+        ordered = sorted(examples, key=self._length, reverse=True)
+        size = self.micro_batch_size
+        pieces = [ordered[start : start + size] for start in range(0, len(ordered), size)]
+        return LogicalBatch([self.collator(piece) for piece in pieces])
+
+    def _length(self, example: Any) -> int:
+        try:
+            return len(example[self.length_key])
+        except (TypeError, KeyError, IndexError):
+            return 0
+
+
+class LogicalBatchSampler(Sampler[list[int]]):
+    """`steps_per_epoch` draws of a `BatchSampler`; every pass makes fresh draws.
+
+    A resumed run skips draws rather than replaying them: they are independent, so fresh ones are right.
+    """
+
+    def __init__(
+        self, sampler: BatchSampler, num_units: int, steps_per_epoch: int, coins: Coins
+    ) -> None:
+        """Draw from `num_units` units with `coins`."""
+        self.sampler = sampler
+        self.num_units = num_units
+        self.steps_per_epoch = steps_per_epoch
+        self.coins = coins
+
+    def __iter__(self) -> Iterator[list[int]]:
+        draws = self.sampler.batches(self.num_units, self.coins)
+        for _ in range(self.steps_per_epoch):
+            yield next(draws)
+
+    def __len__(self) -> int:
+        return self.steps_per_epoch
+
+
+class _Indexed(torch.utils.data.Dataset[Any]):
+    """A map-style dataset read one example at a time, so that an empty draw needs no special case."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.dataset[index]
+
+    def __getitems__(self, indices: list[int]) -> list[Any]:
+        if not indices:
+            return []
+        if hasattr(self.dataset, "__getitems__"):
+            return list(self.dataset.__getitems__(indices))
+        return [self.dataset[index] for index in indices]
+
+
+def logical_loader(
+    host: DataLoader[Any],
+    sampler: LogicalBatchSampler,
+    micro_batch_size: int,
+    length_key: str,
+) -> DataLoader[LogicalBatch]:
+    """A loader of logical batches with the dataset, collator and workers of the Trainer's own.
+
+    It is a plain loader: accelerate's would shard a draw a second time.
+    """
+    seed = int(sampler.coins.bits(1)[0] >> 1)  # for collators that draw, in workers: secret as well
+    generator = torch.Generator().manual_seed(seed)
+    return DataLoader(
+        _Indexed(host.dataset),
+        batch_sampler=sampler,
+        collate_fn=LogicalBatchCollator(host.collate_fn, micro_batch_size, length_key),
+        num_workers=host.num_workers,
+        pin_memory=host.pin_memory,
+        persistent_workers=host.persistent_workers,
+        multiprocessing_context=host.multiprocessing_context,
+        prefetch_factor=host.prefetch_factor,
+        worker_init_fn=host.worker_init_fn,
+        generator=generator,
+    )

@@ -1,0 +1,75 @@
+"""The clipped sum for people with their own training loop."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from hf_dp.clipping.flat import FlatClipping
+from hf_dp.engines import ExampleLoss, engine_named
+from hf_dp.layers import DEFAULT_LAYER_RULES, LayerRules
+from hf_dp.sums import ClippedSum
+from hf_dp.training.losses import choose_example_loss, definition_loss
+
+logger = logging.getLogger(__name__)
+
+
+def clipped_sum(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    *,
+    clipping_norm: float,
+    engine: str = "auto",
+    example_loss: ExampleLoss | None = None,
+    layer_rules: LayerRules = DEFAULT_LAYER_RULES,
+) -> ClippedSum:
+    """Sum over a batch of each example's gradient, clipped to L2 norm `clipping_norm`.
+
+    The result is PRIVATE until noise of standard deviation ``noise_multiplier * clipping_norm`` is
+    added to every coordinate; accounting, sampling and the ledger are then yours.
+
+    Args:
+        model: Trainable parameters are those with ``requires_grad``; its mode is left as it is.
+        batch: What the model takes, labels included; tensors have the examples first, ``(B, ...)``.
+        clipping_norm: Bound on each example's share, > 0.
+        engine: "book_keeping", "sequential", or "auto", which falls back to the second.
+        example_loss: ``(model, batch) -> (B,)`` losses, each from its own row alone. By default the
+            loss that the model itself returns for the example alone.
+        layer_rules: Module type -> rule.
+
+    Returns:
+        An object with ``grads`` (parameter name -> summed clipped gradient), ``norms`` ``(B,)``
+        before clipping, and ``losses`` ``(B,)``.
+
+    Raises:
+        ConfigurationError: An argument is out of range.
+        UncoveredParameterError: ``engine="book_keeping"`` and a parameter has no layer rule.
+    """
+    clipping = FlatClipping(clipping_norm)
+    if example_loss is None:
+        example_loss, engine = _default_loss(model, batch, engine)
+    return engine_named(engine, layer_rules).clipped_sum(
+        model, batch, example_loss=example_loss, clipping=clipping
+    )
+
+
+def _default_loss(
+    model: nn.Module, batch: Mapping[str, Any], engine: str
+) -> tuple[ExampleLoss, str]:
+    chosen = choose_example_loss(model, batch, _own_loss)
+    if chosen is not None and engine != "sequential":
+        return chosen[0], engine
+    if engine == "auto":
+        logger.warning(
+            "hf_dp: the model's loss matches no vectorised loss, so examples are taken one at a time. "
+            "Pass example_loss for speed."
+        )
+    return definition_loss(_own_loss), "sequential" if engine == "auto" else engine
+
+
+def _own_loss(model: nn.Module, inputs: dict[str, Any]) -> Any:
+    outputs = model(**inputs)
+    return outputs["loss"] if isinstance(outputs, dict) else outputs[0]

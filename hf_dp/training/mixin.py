@@ -1,0 +1,339 @@
+"""DPTrainerMixin: everything that makes a Trainer private. Only public methods are overridden.
+
+One item of the loader is one logical batch, one optimizer step and one release. `training_step` is
+the whole story, in the order of the law: sum, budget, ledger, noise, average. Callbacks only observe.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import TrainingArguments
+
+from hf_dp.accounting import accountant_named
+from hf_dp.accounting.base import Accountant
+from hf_dp.coins import Coins, SecretCoins
+from hf_dp.engines import ExampleLoss, SequentialEngine, engine_named
+from hf_dp.errors import ConfigurationError, PrivacyError, explain
+from hf_dp.layers import DEFAULT_LAYER_RULES, LayerRules
+from hf_dp.ledger import LEDGER_NAME
+from hf_dp.plan import PrivacyPlan
+from hf_dp.reports.markdown import privacy_section
+from hf_dp.reports.report import PrivacyReport
+from hf_dp.training.arguments import DPArguments
+from hf_dp.training.batches import LogicalBatch, LogicalBatchSampler, logical_loader
+from hf_dp.training.checkpoints import resolve_checkpoint
+from hf_dp.training.losses import choose_example_loss, default_loss_ceiling, definition_loss
+from hf_dp.training.planning import Schedule, plan_for, schedule
+from hf_dp.training.refusals import (
+    private_copy,
+    refuse_collator,
+    refuse_dataset,
+    refuse_model,
+    refuse_options,
+)
+from hf_dp.training.spending import Claim, Spending
+from hf_dp.training.step import NonPrivateMetrics, clipped_sum_of, released_loss, set_gradients
+from hf_dp.training.tasks import recognise_task
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Host
+else:
+    _Host = object
+
+logger = logging.getLogger(__name__)
+
+_EXACT_METRICS = ("grad_norm", "total_flos")  # the host's own, computed from private data
+
+
+class DPTrainerMixin(_Host):
+    """Put it before a Trainer class: ``class DPSFTTrainer(DPTrainerMixin, SFTTrainer)``.
+
+    It takes the Trainer's arguments and these; `dp_args` is the only one that is needed.
+
+    Args:
+        dp_args: What privacy is asked for.
+        plan: The parts as objects, where the strings of `dp_args` are not enough. Then `dp_args` sets
+            delta, accountant and, as a budget, target_epsilon; the plan's own noise is used.
+        layer_rules: Module type -> rule, instead of ``DEFAULT_LAYER_RULES``.
+        example_loss: ``(model, inputs) -> (B,)`` losses, each from its own row alone.
+        coins: Where randomness comes from. Anything but the operating system is for tests, and the
+            ledger and the report then say "not private".
+
+    Guarantees:
+        * Every release is in ``output_dir/privacy_ledger.jsonl`` before it can change a parameter.
+        * With a target epsilon, no release is made that would pass it.
+        * Neither holds less when callbacks are removed or added.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        dp_args: DPArguments | None = None,
+        plan: PrivacyPlan | None = None,
+        layer_rules: LayerRules = DEFAULT_LAYER_RULES,
+        example_loss: ExampleLoss | None = None,
+        coins: Coins | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Check everything that can be checked before training, then build the host."""
+        bound = inspect.signature(super().__init__).bind(*args, **kwargs)
+        host_args = bound.arguments.get("args") or TrainingArguments("tmp_trainer")
+        self.dp_args = _required(dp_args)
+        refuse_options(host_args)
+        self._user_args: TrainingArguments = host_args
+        bound.arguments["args"] = private_copy(host_args)
+        super().__init__(*bound.args, **bound.kwargs)
+        self.accountant: Accountant = accountant_named(self.dp_args.accountant)
+        self.coins: Coins = coins or SecretCoins()
+        self.engine = engine_named(self.dp_args.engine, layer_rules)
+        self._given_plan = plan
+        self._example_loss = example_loss
+        self._claim: Claim | None = None
+        self._schedule: Schedule | None = None
+        self._spending: Spending | None = None
+        self._run_id: str | None = None
+        self._nonprivate = NonPrivateMetrics()
+        refuse_model(self.model)
+        refuse_collator(self.data_collator)
+        if self.train_dataset is not None:
+            self._make_claim()
+
+    # ---- what is claimed ------------------------------------------------------------------------
+
+    @property
+    def plan(self) -> PrivacyPlan:
+        """Sampler, clipping, noise and number of steps of the coming run."""
+        return self._make_claim().plan
+
+    @property
+    def epsilon(self) -> float:
+        """A proven upper bound on what has been spent so far; 0 before the first release."""
+        return 0.0 if self._spending is None else self._spending.epsilon
+
+    def privacy_report(self) -> PrivacyReport:
+        """What is guaranteed, for whom, under which assumptions, read from the ledger."""
+        return PrivacyReport.from_ledger(Path(self.args.output_dir) / LEDGER_NAME)
+
+    def _make_claim(self) -> Claim:
+        """Plan and curve, made anew when the arguments or the data changed."""
+        if self.train_dataset is None:
+            raise ConfigurationError(
+                explain(
+                    "train_dataset", None, "a dataset", "There is nothing to train on.", "Pass one."
+                )
+            )
+        evaluated = self.eval_dataset
+        others = evaluated.values() if isinstance(evaluated, dict) else [evaluated]
+        size = refuse_dataset(self.train_dataset, others, self.dp_args.nonprivate_metrics)
+        when = schedule(self._user_args, self.dp_args, size)
+        if self._claim is None or when != self._schedule:
+            labels = {"labels": torch.zeros(1, 1)}
+            ceiling = default_loss_ceiling(self.model, recognise_task(self.model, labels))
+            plan = self._given_plan or plan_for(self.dp_args, when, self.accountant, ceiling)
+            self._claim = Claim.of(plan, self.accountant, self.dp_args, size)
+            self._schedule = when
+        return self._claim
+
+    # ---- the host's loop ------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Train, or go on where a checkpoint and its ledger left off."""
+        claim = self._make_claim()
+        checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir)
+        self._spending = Spending.begin(
+            claim,
+            output_dir=Path(self.args.output_dir),
+            checkpoint=None if checkpoint is None else Path(checkpoint),
+            header=claim.header(self.coins, self.dp_args),
+            known_run=self._run_id,
+            continues=self.dp_args.ledger == "continue",
+        )
+        self._run_id = self._spending.ledger.run_id
+        logger.info(
+            "hf_dp: %s, delta = %.3g, accountant %s", claim.plan, claim.delta, self.accountant.name
+        )
+        try:
+            return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+        finally:
+            self._spending.close()
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Logical batches, drawn by the plan's sampler, with the host's dataset and collator."""
+        claim = self._make_claim()
+        assert self._schedule is not None
+        sampler = LogicalBatchSampler(
+            claim.plan.sampler, claim.num_examples, self._schedule.steps_per_epoch, self.coins
+        )
+        return logical_loader(
+            super().get_train_dataloader(),
+            sampler,
+            self.args.per_device_train_batch_size,
+            getattr(self.model, "main_input_name", "input_ids"),
+        )
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], None]:
+        """The next logical batch, or none once the budget is spent: then stop, and save.
+
+        The number of items is never passed on: a loss divided by the whole batch's token count would
+        let one example change every other's gradient.
+        """
+        spending = self._open_spending()
+        if spending.exhausted:
+            logger.warning(
+                "hf_dp: stopping at step %d: one more release would pass epsilon = %s (spent: %.4g).",
+                self.state.global_step,
+                spending.claim.target_epsilon,
+                spending.epsilon,
+            )
+            self.control.should_training_stop = True
+            self.control.should_save = True
+            return [], None
+        with self.coins.for_library_code():
+            samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return samples, None
+
+    def training_step(
+        self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """One release: sum, budget, ledger, noise, average. Returns the private training loss."""
+        spending = self._open_spending()
+        plan = spending.claim.plan
+        model.train()
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()
+        with self.coins.for_library_code():
+            example_loss = self._loss_for(model, inputs)
+            summed = clipped_sum_of(
+                model,
+                self._on_device(inputs),
+                engine=self.engine,
+                example_loss=example_loss,
+                plan=plan,
+            )
+        if self.dp_args.nonprivate_metrics:
+            self._nonprivate.observe(summed)
+        spending.record(plan.step_event, step=self.state.global_step)
+        released = plan.noise.release(
+            summed, sensitivity=plan.clipping.sensitivity, coins=self.coins
+        )
+        set_gradients(model, released, plan.expected_batch_size)
+        return released_loss(released, plan, self.args.device)
+
+    def _open_spending(self) -> Spending:
+        if self._spending is None:
+            raise PrivacyError(
+                "DPTrainer.training_step: expected to be called by train(). Only train() opens the ledger, "
+                "and nothing may be released without it. Call trainer.train()."
+            )
+        return self._spending
+
+    def _on_device(self, inputs: Any) -> Iterator[Mapping[str, Any]]:
+        if not isinstance(inputs, LogicalBatch):
+            raise PrivacyError(
+                f"training_step(inputs={type(inputs).__name__}): expected a LogicalBatch from "
+                "get_train_dataloader. Other batches were not drawn by the sampler that is accounted for. "
+                "Do not override get_train_dataloader; pass another dataset or data_collator instead."
+            )
+        for micro_batch in inputs.micro_batches:
+            yield self._prepare_inputs(micro_batch)
+
+    # ---- the loss of an example ----------------------------------------------------------------
+
+    def _loss_for(self, model: nn.Module, inputs: Any) -> ExampleLoss:
+        """The loss of each example under the host's autocast, chosen at the first example seen."""
+        if self._example_loss is None:
+            first = next(self._on_device(inputs), None)
+            if first is not None:
+                self._example_loss = self._choose_loss(model, first)
+
+        def losses(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+            assert self._example_loss is not None
+            with self.compute_loss_context_manager():
+                return self._example_loss(model, inputs)
+
+        return losses
+
+    def _choose_loss(self, model: nn.Module, inputs: Mapping[str, Any]) -> ExampleLoss:
+        """A vectorised loss that agrees with `compute_loss` on real examples, else one row at a time."""
+
+        def one(model: nn.Module, alone: dict[str, Any]) -> Any:
+            with self.compute_loss_context_manager():
+                return self.compute_loss(model, alone)
+
+        chosen = choose_example_loss(model, inputs, one, self.args.label_smoothing_factor)
+        if chosen is not None:
+            logger.info("hf_dp: loss of each example: %s", chosen[1])
+            return chosen[0]
+        logger.warning(
+            "hf_dp: compute_loss matches no vectorised loss, so it is called for one example at a time "
+            "(engine='sequential'): exact, but as slow as training with batches of one. Pass example_loss "
+            "to DPTrainer for speed."
+        )
+        self.engine = SequentialEngine()
+        return definition_loss(one)
+
+    # ---- what people see ------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add epsilon and delta to training lines; leave out what is exact and private."""
+        if "loss" in logs or "train_loss" in logs:
+            for exact in _EXACT_METRICS:
+                logs.pop(exact, None)
+            if not self.dp_args.private_loss:
+                logs.pop("loss", None)
+                logs.pop("train_loss", None)
+            if self._spending is not None:
+                logs["epsilon"] = self._spending.epsilon
+                logs["delta"] = self._spending.claim.delta
+            logs.update(self._nonprivate.drain(self.dp_args.clipping_norm))
+        super().log(logs, start_time)
+
+    def get_total_train_batch_size(self, args: TrainingArguments) -> int:
+        """The expected logical batch, rounded, for the host's messages and throughput."""
+        return round(self._make_claim().plan.expected_batch_size)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Copy the ledger first, then save the model as the host does."""
+        if self._spending is not None:
+            self._spending.copy_to(Path(output_dir or self.args.output_dir))
+        super().save_model(output_dir, _internal_call=_internal_call)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The host's model card, followed by what is guaranteed."""
+        super().create_model_card(*args, **kwargs)
+        card = Path(self.args.output_dir) / "README.md"
+        if self.is_world_process_zero() and self._spending is not None:
+            with card.open("a", encoding="utf-8") as file:
+                file.write("\n" + privacy_section(self.privacy_report()))
+
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: every trial spends privacy, and their total is not accounted for."""
+        raise ConfigurationError(
+            "DPTrainer.hyperparameter_search: expected single runs. Every trial spends privacy on the same "
+            "data, and choosing among them spends more. Tune on public data, or run train() per setting and "
+            "add up the epsilons."
+        )
+
+
+def _required(dp_args: DPArguments | None) -> DPArguments:
+    if isinstance(dp_args, DPArguments):
+        return dp_args
+    raise ConfigurationError(
+        explain(
+            "DPTrainer.dp_args",
+            dp_args,
+            "a DPArguments",
+            "Privacy has no default that suits everybody.",
+            "Pass dp_args=DPArguments(target_epsilon=3.0), or use transformers.Trainer.",
+        )
+    )

@@ -1,0 +1,100 @@
+"""From arguments to a plan: how many steps, how large a batch, how much noise."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+
+from transformers import TrainingArguments
+
+from hf_dp.accounting.base import Accountant
+from hf_dp.clipping.flat import FlatClipping
+from hf_dp.clipping.loss import LossRelease
+from hf_dp.errors import ConfigurationError, explain
+from hf_dp.noise.gaussian import GaussianNoise
+from hf_dp.plan import PrivacyPlan
+from hf_dp.sampling.poisson import PoissonSampling
+from hf_dp.training.arguments import DPArguments
+
+logger = logging.getLogger(__name__)
+
+_UNSIZED = 1.0  # noise of a plan that an accountant is about to size
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How the host's numbers translate.
+
+    Attributes:
+        num_examples: Examples in the training data, as they enter the accounting.
+        expected_batch_size: Mean number of examples in a logical batch.
+        steps_per_epoch: Draws that the host counts as one epoch.
+        num_steps: Optimizer steps of the whole run.
+    """
+
+    num_examples: int
+    expected_batch_size: float
+    steps_per_epoch: int
+    num_steps: int
+
+
+def schedule(args: TrainingArguments, dp_args: DPArguments, num_examples: int) -> Schedule:
+    """Fix the batch size and the number of steps in advance; `args` are the user's own.
+
+    Raises:
+        ConfigurationError: The expected batch is larger than the data, or there is no step to make.
+    """
+    expected = dp_args.expected_batch_size
+    if expected is None:
+        expected = (
+            args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        )
+    if expected > num_examples:
+        raise ConfigurationError(
+            explain(
+                "DPArguments.expected_batch_size",
+                expected,
+                f"at most the number of examples ({num_examples})",
+                "The sampling probability expected_batch_size / num_examples cannot exceed 1.",
+                "Lower it, or per_device_train_batch_size x gradient_accumulation_steps.",
+            )
+        )
+    steps_per_epoch = math.ceil(num_examples / expected)
+    num_steps = (
+        args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
+    )
+    if num_steps < 1:
+        raise ConfigurationError(
+            explain(
+                "TrainingArguments.num_train_epochs",
+                args.num_train_epochs,
+                "a positive number",
+                "Every step is a release, so their number is fixed before training.",
+                "Set num_train_epochs or max_steps.",
+            )
+        )
+    return Schedule(num_examples, float(expected), steps_per_epoch, num_steps)
+
+
+def plan_for(
+    dp_args: DPArguments, when: Schedule, accountant: Accountant, default_ceiling: float
+) -> PrivacyPlan:
+    """The plan of a run; with a target epsilon the accountant sizes its noise."""
+    ceiling = dp_args.loss_ceiling or default_ceiling
+    plan = PrivacyPlan(
+        sampler=PoissonSampling(when.expected_batch_size / when.num_examples),
+        clipping=FlatClipping(dp_args.clipping_norm),
+        noise=GaussianNoise(dp_args.noise_multiplier or _UNSIZED),
+        num_steps=when.num_steps,
+        expected_batch_size=when.expected_batch_size,
+        loss_release=LossRelease(dp_args.loss_share, ceiling) if dp_args.private_loss else None,
+    )
+    if dp_args.target_epsilon is None:
+        return plan
+    delta = dp_args.delta_for(when.num_examples)
+    sized = accountant.calibrate(plan, target_epsilon=dp_args.target_epsilon, target_delta=delta)
+    logger.info(
+        "hf_dp: %s for epsilon <= %s at delta = %.3g", sized.noise, dp_args.target_epsilon, delta
+    )
+    return sized

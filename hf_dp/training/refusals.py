@@ -1,0 +1,275 @@
+"""What is refused before training, by name and with the remedy, and what is switched off on a copy.
+
+An option is refused when the guarantee would not hold with it, or is not proven here; it is switched
+off when it changes nothing a person asked for. The user's own arguments are never edited.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from transformers import TrainingArguments
+
+from hf_dp.errors import ConfigurationError, explain
+
+logger = logging.getLogger(__name__)
+
+Check = tuple[str, Callable[[Any], bool], str, str, str]  # field, is it bad, expected, why, remedy
+
+
+def _on(value: object) -> bool:
+    return bool(value)
+
+
+_REFUSED: tuple[Check, ...] = (
+    (
+        "world_size",
+        lambda value: value > 1,
+        "one process",
+        "Noise and sampling across processes are not built yet.",
+        "Start a single process, for instance without torchrun.",
+    ),
+    (
+        "n_gpu",
+        lambda value: value > 1,
+        "at most one GPU",
+        "DataParallel would split a batch behind the clipping's back.",
+        "Set CUDA_VISIBLE_DEVICES=0.",
+    ),
+    (
+        "deepspeed",
+        _on,
+        "None",
+        "DeepSpeed owns the backward pass and the optimizer, so gradients cannot be clipped per example.",
+        "Train without DeepSpeed.",
+    ),
+    (
+        "fsdp",
+        _on,
+        "None",
+        "Sharded gradients are not clipped per example yet.",
+        "Train without FSDP.",
+    ),
+    (
+        "parallelism_config",
+        _on,
+        "None",
+        "Tensor, context and sequence parallelism spread one example over processes.",
+        "Train in one process.",
+    ),
+    (
+        "fp16",
+        _on,
+        "False",
+        "Loss scaling skips steps whose release was already made and recorded.",
+        "Use bf16=True or full precision.",
+    ),
+    (
+        "tf32",
+        _on,
+        "None or False",
+        "Norms computed in TF32 are off by up to 1e-3, so the clipping bound would not hold.",
+        "Leave tf32 off, or use bf16=True, where norms are still computed in float32.",
+    ),
+    (
+        "torch_compile",
+        _on,
+        "False",
+        "A compiled model runs without the hooks that see per-example gradients.",
+        "Leave torch_compile off.",
+    ),
+    (
+        "use_liger_kernel",
+        _on,
+        "False",
+        "Its fused layers compute gradients that no layer rule sees.",
+        "Leave use_liger_kernel off.",
+    ),
+    (
+        "auto_find_batch_size",
+        _on,
+        "False",
+        "It restarts the loop after releases were made, and the step count would forget them.",
+        "Lower per_device_train_batch_size: it only sets memory, never the privacy.",
+    ),
+    (
+        "train_sampling_strategy",
+        lambda value: value not in (None, "random"),
+        "'random'",
+        "Logical batches are drawn by Poisson sampling, which the accounting relies on.",
+        "Leave it at 'random'; draws are ordered by length inside anyway.",
+    ),
+    (
+        "dataloader_drop_last",
+        _on,
+        "False",
+        "A Poisson draw has no incomplete batch to drop.",
+        "Leave it at False.",
+    ),
+    (
+        "neftune_noise_alpha",
+        _on,
+        "None",
+        "Its scale depends on the padded length, so on the other examples of the batch.",
+        "Leave it out.",
+    ),
+    (
+        "optim",
+        lambda value: any(word in str(value).lower() for word in ("lomo", "layerwise")),
+        "an optimizer with an ordinary step",
+        "Layer-wise optimizers use gradients inside the backward pass, before clipping and noise.",
+        "Use optim='adamw_torch'.",
+    ),
+    (
+        "packing",
+        _on,
+        "False",
+        "Packing puts several examples into one row, so the unit of the guarantee would be wrong.",
+        "Set packing=False.",
+    ),
+    (
+        "padding_free",
+        _on,
+        "False",
+        "Without padding the examples of a batch are one row and cannot be told apart.",
+        "Set padding_free=False.",
+    ),
+)
+
+_CONTRASTIVE = frozenset(
+    {"align", "altclip", "blip", "chinese_clip", "clap", "clip", "clipseg", "flava", "groupvit"}
+    | {"metaclip_2", "owlvit", "siglip", "siglip2", "vision-text-dual-encoder", "xclip"}
+)
+
+
+def refuse_options(args: TrainingArguments) -> None:
+    """Refuse training arguments with which the guarantee would not hold.
+
+    Raises:
+        ConfigurationError: For the first such option.
+    """
+    for field, is_bad, expected, why, remedy in _REFUSED:
+        value = getattr(args, field, None)
+        if value is not None and is_bad(value):
+            raise ConfigurationError(
+                explain(f"TrainingArguments.{field}", value, expected, why, remedy)
+            )
+    for field in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
+        if (getattr(args, field, None) or {}).get("use_reentrant"):
+            raise ConfigurationError(
+                explain(
+                    f"TrainingArguments.{field}",
+                    getattr(args, field),
+                    "use_reentrant=False",
+                    "Reentrant checkpointing hides gradients from the per-example clipping.",
+                    "Set {'use_reentrant': False}.",
+                )
+            )
+
+
+def private_copy(args: TrainingArguments) -> TrainingArguments:
+    """A copy of the training arguments for the host, with what privacy replaces switched off."""
+    mine = copy.copy(args)
+    mine.gradient_accumulation_steps = 1  # one item of the loader is one logical batch
+    mine.max_grad_norm = 0.0  # would clip the noisy gradient once more
+    if getattr(mine, "include_num_input_tokens_seen", "no") not in ("no", False):
+        logger.warning(
+            "hf_dp: include_num_input_tokens_seen is switched off: exact token counts are private data."
+        )
+        mine.include_num_input_tokens_seen = "no"
+    return mine
+
+
+def refuse_model(model: nn.Module) -> None:
+    """Refuse models whose examples influence one another.
+
+    Raises:
+        ConfigurationError: The model has BatchNorm, a router balancing loss or a contrastive loss.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm):
+            raise _coupled(
+                f"model.{name}",
+                type(module).__name__,
+                "no BatchNorm",
+                "Its statistics mix the examples of a batch.",
+                "Replace it by GroupNorm or LayerNorm.",
+            )
+    config = getattr(model, "config", None)
+    if getattr(config, "output_router_logits", False):
+        raise _coupled(
+            "model.config.output_router_logits",
+            True,
+            "False",
+            "The router's balancing loss depends on all examples of a batch.",
+            "Set model.config.output_router_logits = False.",
+        )
+    if getattr(config, "model_type", None) in _CONTRASTIVE:
+        raise _coupled(
+            "model.config.model_type",
+            getattr(config, "model_type", None),
+            "a model whose loss is a mean over examples",
+            "A contrastive loss compares every example with the others of its batch.",
+            "Train a head with an ordinary loss on its features.",
+        )
+
+
+def refuse_collator(collator: object) -> None:
+    """Refuse collators that join examples into one row.
+
+    Raises:
+        ConfigurationError: The collator flattens or packs.
+    """
+    flattens = "Flattening" in type(collator).__name__ or getattr(collator, "padding_free", False)
+    if flattens:
+        raise _coupled(
+            "data_collator",
+            type(collator).__name__,
+            "one row per example",
+            "A flattened batch is one row, so its examples cannot be told apart.",
+            "Use DataCollatorWithPadding or DataCollatorForSeq2Seq.",
+        )
+
+
+def refuse_dataset(dataset: Any, eval_datasets: Iterable[Any], nonprivate_metrics: bool) -> int:
+    """Check the training data and return its number of examples.
+
+    Raises:
+        ConfigurationError: It has no length, is empty, or is evaluated on as well.
+    """
+    try:
+        size = len(dataset)
+    except TypeError:
+        raise _coupled(
+            "train_dataset",
+            type(dataset).__name__,
+            "a dataset with a length",
+            "The sampling probability is the expected batch size divided by that length.",
+            "Use a map-style dataset; a streamed one can be materialised with Dataset.from_generator.",
+        ) from None
+    if size == 0:
+        raise _coupled(
+            "train_dataset",
+            "empty",
+            "at least one example",
+            "There is nothing to train on.",
+            "Add data.",
+        )
+    if any(dataset is other for other in eval_datasets) and not nonprivate_metrics:
+        raise _coupled(
+            "eval_dataset",
+            "the training dataset",
+            "data held out from training",
+            "Evaluation metrics are exact, so they would leak the protected examples.",
+            "Hold some examples out, or set DPArguments.nonprivate_metrics=True.",
+        )
+    return size
+
+
+def _coupled(field: str, value: object, expected: str, why: str, remedy: str) -> ConfigurationError:
+    return ConfigurationError(explain(field, value, expected, why, remedy))

@@ -1,0 +1,242 @@
+"""What a run has spent: its ledger, its epsilon, and whether one more release is allowed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Self
+
+from hf_dp.accounting.base import Accountant
+from hf_dp.accounting.curve import EpsilonCurve
+from hf_dp.coins import Coins
+from hf_dp.errors import BudgetExhaustedError, ConfigurationError, LedgerMismatchError, explain
+from hf_dp.events import PrivacyEvent
+from hf_dp.ledger import LEDGER_NAME, Ledger, merge_ledgers
+from hf_dp.plan import PrivacyPlan
+from hf_dp.training.arguments import DPArguments
+
+FIXED_COINS = "fixed generator: not private"
+SECRET_COINS = "operating system"
+_PACKAGES = ("hf_dp", "torch", "transformers", "dp-accounting", "numpy")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A plan together with how it is accounted for.
+
+    Attributes:
+        plan: What every step does.
+        accountant: Who bounds epsilon.
+        delta: Delta of the guarantee.
+        target_epsilon: The budget, or None.
+        num_examples: Size of the population, as it enters the accounting.
+        curve: Epsilon after any number of releases of this plan.
+    """
+
+    plan: PrivacyPlan
+    accountant: Accountant
+    delta: float
+    target_epsilon: float | None
+    num_examples: int
+    curve: EpsilonCurve
+
+    @classmethod
+    def of(
+        cls, plan: PrivacyPlan, accountant: Accountant, dp_args: DPArguments, num_examples: int
+    ) -> Self:
+        """Compute the curve; refuse a plan that already passes its target.
+
+        Raises:
+            ConfigurationError: One step of the plan costs more than the target epsilon.
+        """
+        delta = dp_args.delta_for(num_examples)
+        curve = accountant.curve(
+            plan.step_event, num_steps=plan.num_steps, delta=delta, relation=plan.relation
+        )
+        target = dp_args.target_epsilon
+        if target is not None and curve.epsilon(1) > target:
+            raise ConfigurationError(
+                explain(
+                    "DPArguments.target_epsilon",
+                    target,
+                    "a budget that allows at least one step of the plan",
+                    f"One release already costs epsilon = {curve.epsilon(1):.4g} at delta = {delta:.3g}.",
+                    "Use more noise, or a smaller expected_batch_size.",
+                )
+            )
+        return cls(plan, accountant, delta, target, num_examples, curve)
+
+    def header(self, coins: Coins, dp_args: DPArguments) -> dict[str, Any]:
+        """What the ledger's first line says about the run."""
+        described = self.plan.describe()
+        return {
+            "unit": described["unit"],
+            "relation": described["relation"],
+            "population_size": self.num_examples,
+            "step_event": described["step_event"],
+            "plan": described,
+            "accountant": self.accountant.name,
+            "accountant_class": f"{type(self.accountant).__module__}.{type(self.accountant).__qualname__}",
+            "delta": self.delta,
+            "target_epsilon": self.target_epsilon,
+            "coins": SECRET_COINS if coins.is_secret else FIXED_COINS,
+            "nonprivate_metrics": dp_args.nonprivate_metrics,
+            "packages": _versions(),
+        }
+
+
+class Spending:
+    """The open ledger of a run. One object decides, records and reports."""
+
+    def __init__(self, claim: Claim, ledger: Ledger) -> None:
+        """Use an open `ledger` whose plan is the claim's."""
+        self.claim = claim
+        self.ledger = ledger
+        self._open = True
+
+    @classmethod
+    def begin(
+        cls,
+        claim: Claim,
+        *,
+        output_dir: Path,
+        checkpoint: Path | None,
+        header: Mapping[str, Any],
+        known_run: str | None,
+        continues: bool,
+    ) -> Self:
+        """Create the ledger, or continue the one that is there.
+
+        Args:
+            claim: What this run will do.
+            output_dir: Where the ledger lives.
+            checkpoint: The folder that the run resumes from, or None.
+            header: The first line, should the ledger be new.
+            known_run: The run id that this trainer already writes, or None.
+            continues: Whether the user asked to count an earlier run's spending.
+
+        Raises:
+            LedgerMismatchError: The ledger belongs to another run or another plan.
+        """
+        path = output_dir / LEDGER_NAME
+        if checkpoint is not None:
+            _require_ledger(checkpoint)
+            merge_ledgers(path, checkpoint / LEDGER_NAME)
+        if not path.exists():
+            return cls(claim, Ledger.create(path, header))
+        ledger = Ledger.open(path)
+        try:
+            if checkpoint is None and not continues and ledger.run_id != known_run:
+                raise _left_behind(path)
+            _same_plan(ledger.header, header, path)
+        except BaseException:
+            ledger.close()
+            raise
+        return cls(claim, ledger)
+
+    @property
+    def epsilon(self) -> float:
+        """A proven upper bound on what all releases in the ledger cost."""
+        return self.claim.curve.epsilon(self.ledger.num_releases)
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether one more release would pass the target epsilon."""
+        target = self.claim.target_epsilon
+        return (
+            target is not None and self.claim.curve.epsilon(self.ledger.num_releases + 1) > target
+        )
+
+    def record(self, event: PrivacyEvent, *, step: int) -> None:
+        """Write one release down, durably, before it is made.
+
+        Raises:
+            BudgetExhaustedError: It would pass the target; nothing was written or released.
+        """
+        if self.exhausted:
+            raise BudgetExhaustedError(
+                f"DPArguments.target_epsilon={self.claim.target_epsilon}: expected room for one more "
+                f"release after {self.ledger.num_releases}. Going on would break the stated guarantee. "
+                "Stop here; the model as it is has the guarantee."
+            )
+        self.ledger.append(event, step=step)
+
+    def copy_to(self, folder: Path) -> None:
+        """Copy the ledger into `folder`, during the run or after it."""
+        if self._open:
+            self.ledger.copy_to(folder)
+        else:
+            with Ledger.open(self.ledger.path) as ledger:
+                ledger.copy_to(folder)
+
+    def close(self) -> None:
+        """Close the ledger and give its lock back."""
+        self._open = False
+        self.ledger.close()
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _same_plan(written: Mapping[str, Any], planned: Mapping[str, Any], path: Path) -> None:
+    """Refuse a ledger of another plan; only the planned number of steps may differ."""
+    planned = json.loads(json.dumps(planned))
+    for key in ("unit", "relation", "population_size", "coins"):
+        if written.get(key) != planned[key]:
+            raise _other_plan(key, written.get(key), planned[key], path)
+    before, now = dict(written.get("plan", {})), dict(planned["plan"])
+    for key in sorted((set(before) | set(now)) - {"num_steps"}):
+        if before.get(key) != now.get(key):
+            raise _other_plan(f"plan.{key}", before.get(key), now.get(key), path)
+
+
+def _other_plan(key: str, before: object, now: object, path: Path) -> LedgerMismatchError:
+    return LedgerMismatchError(
+        explain(
+            f"{path}: {key}",
+            now,
+            f"{before!r}, as in the ledger",
+            "The releases that it counts were made by another plan, so their cost would be misstated.",
+            "Resume with the arguments of the first run (a changed num_steps changes the noise of a "
+            "target_epsilon run: set the noise_multiplier from the ledger instead), or use a new "
+            "output_dir.",
+        )
+    )
+
+
+def _require_ledger(checkpoint: Path) -> None:
+    if not (checkpoint / LEDGER_NAME).exists():
+        raise LedgerMismatchError(
+            explain(
+                "resume_from_checkpoint",
+                str(checkpoint),
+                f"a folder with {LEDGER_NAME}",
+                "Without it nobody knows what the checkpoint's training has already spent.",
+                "Resume from a checkpoint that DPTrainer wrote, or load its weights into a new run if "
+                "they were not trained on this data.",
+            )
+        )
+
+
+def _left_behind(path: Path) -> LedgerMismatchError:
+    return LedgerMismatchError(
+        explain(
+            "TrainingArguments.output_dir",
+            str(path.parent),
+            "a directory without an earlier run's ledger",
+            f"{path.name} counts what that run released about the data; a new run on the same data adds "
+            "to it.",
+            "Use train(resume_from_checkpoint=True) to go on, DPArguments(ledger='continue') to start "
+            "anew and count both, or another output_dir if the data is different.",
+        )
+    )

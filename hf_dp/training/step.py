@@ -1,0 +1,87 @@
+"""The private side of one optimizer step: from micro-batches to a clipped sum, and what it showed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_dp.engines.base import ExampleLoss, GradientEngine, empty_sum
+from hf_dp.plan import PrivacyPlan
+from hf_dp.sums import ClippedSum, NoisySum
+
+
+def clipped_sum_of(
+    model: nn.Module,
+    micro_batches: Iterable[Mapping[str, Any]],
+    *,
+    engine: GradientEngine,
+    example_loss: ExampleLoss,
+    plan: PrivacyPlan,
+) -> ClippedSum:
+    """The clipped sum over all micro-batches of a draw; zeros for an empty draw."""
+    summed = empty_sum(model, plan.loss_release)
+    for micro_batch in micro_batches:
+        summed = summed + engine.clipped_sum(
+            model,
+            micro_batch,
+            example_loss=example_loss,
+            clipping=plan.clipping,
+            loss_release=plan.loss_release,
+        )
+    return summed
+
+
+def set_gradients(model: nn.Module, released: NoisySum, divisor: float) -> None:
+    """Put the noisy sum, divided by a public constant, where the optimizer looks."""
+    for name, parameter in model.named_parameters():
+        if name in released.grads:
+            parameter.grad = (released.grads[name] / divisor).to(parameter.dtype)
+
+
+def released_loss(released: NoisySum, plan: PrivacyPlan, device: torch.device) -> Tensor:
+    """The mean training loss that the release shows, 0-d; zero where none is released."""
+    if plan.loss_release is None or released.loss_sum is None:
+        return torch.zeros((), device=device)
+    loss = plan.loss_release.mean_loss(
+        released.loss_sum, sensitivity=plan.clipping.sensitivity, divisor=plan.expected_batch_size
+    )
+    return loss.to(device, torch.float32)
+
+
+@dataclass
+class NonPrivateMetrics:
+    """Exact quantities since the last log line, kept only where the user asked for them."""
+
+    steps: int = 0
+    losses: list[Tensor] = field(default_factory=list)
+    norms: list[Tensor] = field(default_factory=list)
+
+    def observe(self, summed: ClippedSum) -> None:
+        """Keep what one step's sum shows."""
+        self.steps += 1
+        self.losses.append(summed.losses.detach())
+        self.norms.append(summed.norms.detach())
+
+    def drain(self, clipping_norm: float) -> dict[str, float]:
+        """The figures for one log line, under ``nonprivate/``; then forget them."""
+        steps, self.steps = self.steps, 0
+        losses = torch.cat(self.losses) if self.losses else torch.zeros(0)
+        norms = torch.cat(self.norms) if self.norms else torch.zeros(0)
+        self.losses, self.norms = [], []
+        if steps == 0:
+            return {}
+        finite = torch.isfinite(norms)
+        figures: dict[str, Callable[[], Tensor]] = {
+            "loss": lambda: losses[finite].mean(),
+            "gradient_norm": lambda: norms[finite].mean(),
+            "clipped_fraction": lambda: (norms[finite] > clipping_norm).float().mean(),
+            "dropped_fraction": lambda: (~finite).float().mean(),
+        }
+        shown = {"nonprivate/batch_size": len(norms) / steps}
+        if bool(finite.any()):
+            shown |= {f"nonprivate/{name}": float(figure()) for name, figure in figures.items()}
+        return shown
