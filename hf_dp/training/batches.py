@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -21,9 +22,10 @@ class LogicalBatch:
     exact answers are private data.
     """
 
-    def __init__(self, micro_batches: Sequence[Any]) -> None:
-        """Hold what the collator made of each micro-batch."""
+    def __init__(self, micro_batches: Sequence[Any], probe: Any = None) -> None:
+        """Hold what the collator made of each micro-batch, and of a few examples of all lengths."""
         self.micro_batches = list(micro_batches)
+        self.probe = probe
 
     def __contains__(self, key: object) -> bool:
         return False
@@ -31,7 +33,7 @@ class LogicalBatch:
     def pin_memory(self) -> LogicalBatch:
         """Pin every tensor, as ``dataloader_pin_memory`` asks."""
         pin: Callable[[Any], Any] = torch.utils.data._utils.pin_memory.pin_memory
-        return LogicalBatch([pin(micro_batch) for micro_batch in self.micro_batches])
+        return LogicalBatch([pin(micro_batch) for micro_batch in self.micro_batches], self.probe)
 
 
 class LogicalBatchCollator:
@@ -51,7 +53,20 @@ class LogicalBatchCollator:
         ordered = sorted(examples, key=self._length, reverse=True)
         size = self.micro_batch_size
         pieces = [ordered[start : start + size] for start in range(0, len(ordered), size)]
-        return LogicalBatch([self.collator(piece) for piece in pieces])
+        probe = self._probe(ordered)
+        return LogicalBatch([self.collator(piece) for piece in pieces], probe)
+
+    def _probe(self, ordered: list[Any]) -> Any:
+        """A few examples, the longest and the shortest among them, on which losses are compared.
+
+        Neighbours in the order have like lengths, so only here would a loss that depends on the padding,
+        and by that on the other examples, show itself.
+        """
+        if not ordered:
+            return None
+        last = len(ordered) - 1
+        chosen = sorted({0, last // 3, 2 * last // 3, last})
+        return self.collator([copy.deepcopy(ordered[index]) for index in chosen])
 
     def _length(self, example: Any) -> int:
         try:

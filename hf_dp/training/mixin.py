@@ -88,7 +88,7 @@ class DPTrainerMixin(_Host):
         host_args = bound.arguments.get("args") or TrainingArguments("tmp_trainer")
         self.dp_args = _required(dp_args)
         refuse_options(host_args)
-        self._user_args: TrainingArguments = host_args
+        self._accumulation: int = host_args.gradient_accumulation_steps
         bound.arguments["args"] = private_copy(host_args)
         super().__init__(*bound.args, **bound.kwargs)
         self.accountant: Accountant = accountant_named(self.dp_args.accountant)
@@ -133,7 +133,7 @@ class DPTrainerMixin(_Host):
         evaluated = self.eval_dataset
         others = evaluated.values() if isinstance(evaluated, dict) else [evaluated]
         size = refuse_dataset(self.train_dataset, others, self.dp_args.nonprivate_metrics)
-        when = schedule(self._user_args, self.dp_args, size)
+        when = schedule(self.args, self.dp_args, accumulation=self._accumulation, num_examples=size)
         if self._claim is None or when != self._schedule:
             labels = {"labels": torch.zeros(1, 1)}
             ceiling = default_loss_ceiling(self.model, recognise_task(self.model, labels))
@@ -211,11 +211,12 @@ class DPTrainerMixin(_Host):
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
+        batch = _drawn(inputs)
         with self.coins.for_library_code():
-            example_loss = self._loss_for(model, inputs)
+            example_loss = self._loss_for(model, batch)
             summed = clipped_sum_of(
                 model,
-                self._on_device(inputs),
+                self._on_device(batch),
                 engine=self.engine,
                 example_loss=example_loss,
                 plan=plan,
@@ -237,24 +238,16 @@ class DPTrainerMixin(_Host):
             )
         return self._spending
 
-    def _on_device(self, inputs: Any) -> Iterator[Mapping[str, Any]]:
-        if not isinstance(inputs, LogicalBatch):
-            raise PrivacyError(
-                f"training_step(inputs={type(inputs).__name__}): expected a LogicalBatch from "
-                "get_train_dataloader. Other batches were not drawn by the sampler that is accounted for. "
-                "Do not override get_train_dataloader; pass another dataset or data_collator instead."
-            )
+    def _on_device(self, inputs: LogicalBatch) -> Iterator[Mapping[str, Any]]:
         for micro_batch in inputs.micro_batches:
             yield self._prepare_inputs(micro_batch)
 
     # ---- the loss of an example ----------------------------------------------------------------
 
-    def _loss_for(self, model: nn.Module, inputs: Any) -> ExampleLoss:
+    def _loss_for(self, model: nn.Module, inputs: LogicalBatch) -> ExampleLoss:
         """The loss of each example under the host's autocast, chosen at the first example seen."""
-        if self._example_loss is None:
-            first = next(self._on_device(inputs), None)
-            if first is not None:
-                self._example_loss = self._choose_loss(model, first)
+        if self._example_loss is None and inputs.probe is not None:
+            self._example_loss = self._choose_loss(model, self._prepare_inputs(inputs.probe))
 
         def losses(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
             assert self._example_loss is not None
@@ -323,6 +316,16 @@ class DPTrainerMixin(_Host):
             "data, and choosing among them spends more. Tune on public data, or run train() per setting and "
             "add up the epsilons."
         )
+
+
+def _drawn(inputs: Any) -> LogicalBatch:
+    if isinstance(inputs, LogicalBatch):
+        return inputs
+    raise PrivacyError(
+        f"training_step(inputs={type(inputs).__name__}): expected a LogicalBatch from "
+        "get_train_dataloader. Other batches were not drawn by the sampler that is accounted for. "
+        "Do not override get_train_dataloader; pass another dataset or data_collator instead."
+    )
 
 
 def _required(dp_args: DPArguments | None) -> DPArguments:

@@ -39,17 +39,23 @@ class Schedule:
     num_steps: int
 
 
-def schedule(args: TrainingArguments, dp_args: DPArguments, num_examples: int) -> Schedule:
-    """Fix the batch size and the number of steps in advance; `args` are the user's own.
+def schedule(
+    args: TrainingArguments, dp_args: DPArguments, *, accumulation: int, num_examples: int
+) -> Schedule:
+    """Fix the batch size and the number of steps in advance.
+
+    Args:
+        args: The host's arguments.
+        dp_args: What privacy is asked for.
+        accumulation: The user's gradient_accumulation_steps, which the host's copy no longer holds.
+        num_examples: Length of the training data.
 
     Raises:
         ConfigurationError: The expected batch is larger than the data, or there is no step to make.
     """
     expected = dp_args.expected_batch_size
     if expected is None:
-        expected = (
-            args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        )
+        expected = args.per_device_train_batch_size * accumulation * args.world_size
     if expected > num_examples:
         raise ConfigurationError(
             explain(

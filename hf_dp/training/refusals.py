@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.data import IterableDataset
 from transformers import TrainingArguments
 
 from hf_dp.errors import ConfigurationError, explain
@@ -243,6 +244,8 @@ def refuse_dataset(dataset: Any, eval_datasets: Iterable[Any], nonprivate_metric
         ConfigurationError: It has no length, is empty, or is evaluated on as well.
     """
     try:
+        if isinstance(dataset, IterableDataset):
+            raise TypeError
         size = len(dataset)
     except TypeError:
         raise _coupled(

@@ -147,8 +147,8 @@ def test_an_empty_draw_is_a_step_with_noise_and_a_release(tmp_path: Path) -> Non
     sizes: list[int] = []
     collated = LogicalBatch.__init__
 
-    def spy(self: LogicalBatch, micro_batches: Any) -> None:
-        collated(self, micro_batches)
+    def spy(self: LogicalBatch, micro_batches: Any, probe: Any = None) -> None:
+        collated(self, micro_batches, probe)
         sizes.append(sum(len(m["labels"]) for m in self.micro_batches))
 
     with pytest.MonkeyPatch.context() as patch:
@@ -337,3 +337,32 @@ def test_a_loss_without_fast_form_is_taken_one_example_at_a_time(
     trainer.train()
     assert isinstance(trainer.engine, SequentialEngine)
     assert "one example at a time" in caplog.text
+
+
+def test_a_loss_that_depends_on_the_padding_is_taken_on_each_example_alone(tmp_path: Path) -> None:
+    """Left padding shifts GPT-2's absolute positions, so a batch mate's length would change a gradient."""
+    from transformers import GPT2Config, GPT2ForSequenceClassification
+
+    def pad_left(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        batch = collate(rows)
+        for index, row in enumerate(rows):
+            used = len(row["input_ids"])
+            for name in ("input_ids", "attention_mask"):
+                batch[name][index] = batch[name][index].roll(batch[name].shape[1] - used)
+        return batch
+
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=50, n_embd=16, n_layer=1, n_head=2, n_positions=16, pad_token_id=0,
+        bos_token_id=1, eos_token_id=1, attn_pdrop=0, resid_pdrop=0, embd_pdrop=0,
+    )  # fmt: skip
+    for collator, expected in ((pad_left, SequentialEngine), (collate, type(None))):
+        trainer = trainer_for(
+            tmp_path / collator.__name__,
+            model=GPT2ForSequenceClassification(config),
+            data_collator=collator,
+            host={"per_device_train_batch_size": 2, "max_steps": 1},
+            dp={"expected_batch_size": 20},
+        )
+        trainer.train()
+        assert isinstance(trainer.engine, SequentialEngine) is (expected is SequentialEngine)

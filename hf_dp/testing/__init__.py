@@ -1,1 +1,0 @@
-"""Checks for layer rules and other parts, for our tests and for yours."""
