@@ -1,0 +1,122 @@
+"""The least noise that meets a target: a cheap search, then the accountant's own last word."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from hf_dp._validate import positive
+from hf_dp.errors import ConfigurationError, explain
+
+LEAST_NOISE = 0.01
+"""Noise multipliers below this are not searched: they hide nothing at any target worth asking for."""
+
+MOST_NOISE = 1e6
+"""A target that needs more noise than this is refused: such a run learns nothing."""
+
+_DIGITS = 5
+_MAX_CERTIFICATES = 30
+
+
+def smallest_noise(
+    quick: Callable[[float], float], certified: Callable[[float], float], target_epsilon: float
+) -> float:
+    """The smallest noise multiplier of five significant digits that meets the target.
+
+    Args:
+        quick: Epsilon as a function of the noise multiplier, a cheap upper bound to search with.
+        certified: The same, tight: the accountant's guarantee. Only it decides.
+        target_epsilon: > 0.
+
+    Returns:
+        A noise multiplier at which `certified` is at most `target_epsilon`, while it is not at the
+        five-digit number below.
+
+    Raises:
+        ConfigurationError: The target is not positive, or more than `MOST_NOISE` would be needed.
+    """
+    positive(
+        "Accountant.target_epsilon",
+        target_epsilon,
+        "At zero nothing can be learnt from the data.",
+        "Use a number between 0.1 and 10.",
+    )
+    start, slope = _search(quick, target_epsilon)
+    noise = _rounded_up(start)
+    failing, passing = 0.0, math.inf
+    for _ in range(_MAX_CERTIFICATES):
+        epsilon = certified(noise)
+        if epsilon <= target_epsilon:
+            passing = min(passing, noise)
+        else:
+            failing = max(failing, noise)
+        if passing <= LEAST_NOISE or _neighbour(passing, -1) <= failing:
+            return passing
+        guess = noise * (target_epsilon / max(epsilon, 1e-6 * target_epsilon)) ** (1 / slope)
+        noise = _rounded_up(max(guess, LEAST_NOISE))
+        noise = max(min(noise, _neighbour(passing, -1)), _neighbour(failing, +1))
+    if math.isinf(passing):
+        raise _out_of_reach(target_epsilon)
+    return passing
+
+
+def _search(quick: Callable[[float], float], target: float) -> tuple[float, float]:
+    """Where `quick` meets the target, and there its slope d log(epsilon) / d log(noise) < 0."""
+    from scipy.optimize import brentq
+
+    def excess(log_noise: float) -> float:
+        return math.log(min(max(quick(math.exp(log_noise)) / target, 1e-9), 1e9))
+
+    low, high = _bracket(quick, target)
+    root = (
+        low if low == high else math.exp(brentq(excess, math.log(low), math.log(high), xtol=1e-4))
+    )
+    rise = excess(math.log(root)) - excess(math.log(root) + 0.02)
+    return root, -min(max(rise / 0.02, 0.1), 10.0)
+
+
+def _bracket(quick: Callable[[float], float], target: float) -> tuple[float, float]:
+    """Two noise multipliers with the target's between them; equal where the least noise meets it."""
+    low = high = 1.0
+    if quick(1.0) > target:
+        while quick(high) > target:
+            low, high = high, high * 4
+            if low > MOST_NOISE:
+                raise _out_of_reach(target)
+        return low, high
+    while quick(low) <= target:
+        if low <= LEAST_NOISE:
+            return LEAST_NOISE, LEAST_NOISE
+        low, high = max(low / 2, LEAST_NOISE), low
+    return low, high
+
+
+def _out_of_reach(target: float) -> ConfigurationError:
+    return ConfigurationError(
+        explain(
+            "Accountant.target_epsilon",
+            target,
+            "a target that a noise multiplier up to 1e6 reaches",
+            "With more noise than that a run learns nothing.",
+            "Ask for a larger epsilon or delta, fewer steps or smaller batches; and see that every "
+            "release of the plan is private.",
+        )
+    )
+
+
+def _rounded_up(number: float) -> float:
+    """The next number of five significant digits, or `number` itself if it has no more."""
+    places = _DIGITS - 1 - math.floor(math.log10(number))
+    rounded = round(number, places)
+    return rounded if rounded >= number else _neighbour(rounded, +1)
+
+
+def _neighbour(number: float, steps: int) -> float:
+    """The number of five significant digits just below (-1) or above (+1)."""
+    if number == 0 or math.isinf(number):
+        return number
+    places = _DIGITS - 1 - math.floor(math.log10(number))
+    moved = round(number + steps * 10.0**-places, places)
+    if moved < 10.0 ** math.floor(math.log10(number)):  # below 1.0000 comes 0.99999
+        return round(number + steps * 10.0 ** -(places + 1), places + 1)
+    return moved
