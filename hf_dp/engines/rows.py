@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hf_dp.errors import ConfigurationError, explain
 
-# Models broadcast one row of positions over the batch: it belongs to no example, so every one gets it.
+# Models broadcast one row of positions over the batch: it belongs to no example, so all get it.
 _SHARED_BY_ALL = frozenset({"position_ids"})
 
 
@@ -17,8 +17,8 @@ def batch_size(inputs: Mapping[str, Any]) -> int:
     """How many examples the batch holds.
 
     Args:
-        inputs: What a collator returned: tensors and lists with one row per example; numbers, flags,
-            strings, None and 0-d tensors are settings that all examples share.
+        inputs: What a collator returned: tensors and lists with one row per example; numbers,
+            flags, strings, None and 0-d tensors are settings that all examples share.
 
     Returns:
         The common leading size of every tensor and list.
