@@ -15,7 +15,7 @@ from transformers import BertConfig, BertModel, BertPreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 
-class MeanPooledClassifier(BertPreTrainedModel):
+class MeanPooledForSequenceClassification(BertPreTrainedModel):
     """BERT whose final states are averaged over the real tokens and classified by one linear layer."""
 
     # The folder holds an encoder with a pooler, which is dropped, and no head: nothing to report.
@@ -65,7 +65,7 @@ class MeanPooledClassifier(BertPreTrainedModel):
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
 
-def load_classifier(encoder: Path) -> MeanPooledClassifier:
+def load_classifier(encoder: Path) -> MeanPooledForSequenceClassification:
     """The pretrained encoder with a head of zeros and no dropout.
 
     Without dropout a step's only randomness is its batch and its noise; at two epochs under noise
@@ -74,16 +74,18 @@ def load_classifier(encoder: Path) -> MeanPooledClassifier:
     Args:
         encoder: The folder that `hf_dp.demo.assets.encoder_folder` returns.
     """
-    model: MeanPooledClassifier = MeanPooledClassifier.from_pretrained(
-        encoder,
-        num_labels=2,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
+    model: MeanPooledForSequenceClassification = (
+        MeanPooledForSequenceClassification.from_pretrained(
+            encoder,
+            num_labels=2,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
     )
     return model
 
 
-def with_lora(model: MeanPooledClassifier) -> PeftModel:
+def with_lora(model: MeanPooledForSequenceClassification) -> PeftModel:
     """The classifier with rank-8 LoRA on its two last layers: 111,362 trainable parameters."""
     return get_peft_model(
         model,

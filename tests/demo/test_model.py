@@ -8,10 +8,10 @@ from peft import PeftModel
 from transformers import AutoTokenizer, BertConfig
 
 from hf_dp.demo.assets import encoder_folder
-from hf_dp.demo.model import MeanPooledClassifier, load_classifier, with_lora
+from hf_dp.demo.model import MeanPooledForSequenceClassification, load_classifier, with_lora
 
 
-def tiny(seed: int = 0) -> MeanPooledClassifier:
+def tiny(seed: int = 0) -> MeanPooledForSequenceClassification:
     torch.manual_seed(seed)
     config = BertConfig(
         vocab_size=50,
@@ -22,7 +22,7 @@ def tiny(seed: int = 0) -> MeanPooledClassifier:
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
-    model = MeanPooledClassifier(config).double().eval()
+    model = MeanPooledForSequenceClassification(config).double().eval()
     torch.nn.init.normal_(model.classifier.weight)
     return model
 
@@ -60,7 +60,7 @@ def test_embeddings_may_stand_for_tokens() -> None:
 
 
 def test_a_new_head_answers_evenly() -> None:
-    model = MeanPooledClassifier(tiny().config)
+    model = MeanPooledForSequenceClassification(tiny().config)
     assert not model.classifier.weight.any()
     assert not model.classifier.bias.any()
     assert model.bert.encoder.layer[0].attention.self.query.weight.any()
