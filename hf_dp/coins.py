@@ -63,7 +63,7 @@ class SecretCoins(Coins):
 
     Guarantees:
         * No draw depends on any seed a user can set (test: test_secret_coins_ignore_every_seed).
-        * Normal draws reach beyond 8 standard deviations: 53-bit uniforms, not 24-bit ones.
+        * On the CPU normal draws reach beyond 8 standard deviations: 53-bit uniforms, not 24-bit ones.
     """
 
     is_secret: ClassVar[bool] = True

@@ -135,13 +135,14 @@ def from_json(data: Mapping[str, Any]) -> PrivacyEvent:
         )
     cls = EVENT_TYPES[name]
     fields = {key: rich(value) for key, value in data.items() if key != "type"}
-    known = {f.name for f in _fields(cls)}
-    if set(fields) != known:
+    known = {f.name: f.default is dataclasses.MISSING for f in _fields(cls)}
+    needed = {field for field, required in known.items() if required}
+    if not needed <= set(fields) <= set(known):
         raise ConfigurationError(
             explain(
                 f"{name}.fields",
                 sorted(fields),
-                f"exactly {sorted(known)}",
+                f"{sorted(needed)}, and no others than {sorted(known)}",
                 "A field that is not understood may change the meaning of the event.",
                 "Read this ledger with the version of hf_dp that wrote it.",
             )

@@ -12,7 +12,6 @@ from hf_dp.clipping.base import ClippingPolicy
 from hf_dp.clipping.loss import LossRelease
 from hf_dp.engines.base import ExampleLoss, GradientEngine
 from hf_dp.engines.book_keeping import BookKeepingEngine
-from hf_dp.engines.rows import batch_size
 from hf_dp.engines.sequential import SequentialEngine
 from hf_dp.errors import UncoveredParameterError
 from hf_dp.layers.base import LayerRules
@@ -23,14 +22,17 @@ logger = logging.getLogger(__name__)
 
 
 class AutomaticEngine(GradientEngine):
-    """Chooses at the first micro-batch that holds examples, before anything is released."""
+    """Book-keeping until it meets what it does not cover, from then on the sequential engine.
+
+    The switch comes before anything of that micro-batch is released, and both engines compute the
+    same sum, so it may happen at any step.
+    """
 
     name: ClassVar[str] = "auto"
 
     def __init__(self, layer_rules: LayerRules = DEFAULT_LAYER_RULES) -> None:
         """Pass `layer_rules` on to the book-keeping engine."""
-        self.book_keeping = BookKeepingEngine(layer_rules)
-        self.chosen: GradientEngine | None = None
+        self.chosen: GradientEngine = BookKeepingEngine(layer_rules)
 
     def clipped_sum(
         self,
@@ -41,31 +43,22 @@ class AutomaticEngine(GradientEngine):
         clipping: ClippingPolicy,
         loss_release: LossRelease | None = None,
     ) -> ClippedSum:
-        engine = self.chosen or self.book_keeping
-        try:
-            summed = engine.clipped_sum(
+        def with_chosen() -> ClippedSum:
+            return self.chosen.clipped_sum(
                 model,
                 inputs,
                 example_loss=example_loss,
                 clipping=clipping,
                 loss_release=loss_release,
             )
+
+        try:
+            return with_chosen()
         except UncoveredParameterError as reason:
-            if self.chosen is not None:
-                raise
-            self.chosen = engine = SequentialEngine()
+            self.chosen = SequentialEngine()
             logger.warning(
                 "hf_dp: one example at a time (engine='sequential'): exact, but as slow as training "
                 "with batches of one. Reason: %s",
                 reason,
             )
-            return engine.clipped_sum(
-                model,
-                inputs,
-                example_loss=example_loss,
-                clipping=clipping,
-                loss_release=loss_release,
-            )
-        if self.chosen is None and batch_size(inputs) > 0:
-            self.chosen = engine
-        return summed
+        return with_chosen()

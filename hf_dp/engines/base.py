@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hf_dp.clipping.base import ClippingPolicy
 from hf_dp.clipping.loss import LossRelease
-from hf_dp.errors import ConfigurationError
+from hf_dp.errors import ConfigurationError, explain
 from hf_dp.layers.factors import wide
 from hf_dp.sums import ClippedSum
 
@@ -58,6 +58,21 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
             "There is nothing to train. Unfreeze a layer, or add an adapter."
         )
     return found
+
+
+def checked_losses(losses: Tensor, num_units: int) -> Tensor:
+    """`losses`, if there is one per unit; a mean over the batch would be clipped as a whole."""
+    if losses.shape != (num_units,):
+        raise ConfigurationError(
+            explain(
+                "example_loss",
+                tuple(losses.shape),
+                f"one loss per example, of shape ({num_units},)",
+                "A loss over several examples has one gradient for all of them, so none is clipped alone.",
+                "Reduce over each example's own positions only, as with reduction='none'.",
+            )
+        )
+    return losses
 
 
 def empty_sum(model: nn.Module, loss_release: LossRelease | None) -> ClippedSum:

@@ -20,23 +20,26 @@ from hf_dp.engines.axes import establish_axes
 from hf_dp.engines.base import (
     ExampleLoss,
     GradientEngine,
+    checked_losses,
     empty_sum,
     gradient_clipping,
     released_losses,
 )
 from hf_dp.engines.coverage import Coverage, coverage_of
+from hf_dp.engines.precision import full_precision
 from hf_dp.engines.rows import batch_size
 from hf_dp.engines.tap import Call, recording
-from hf_dp.errors import PrivacyError, UncoveredParameterError
+from hf_dp.errors import UncoveredParameterError
 from hf_dp.layers.base import LayerRules
 from hf_dp.layers.factors import Factor, combine, sum_of, wide
 from hf_dp.layers.recognise import DEFAULT_LAYER_RULES
 from hf_dp.sums import ClippedSum
 
-# Above this relative error of a Gram-form norm, positions cancel so much that it is recomputed.
-_TRUSTED_NORM_ERROR = 1e-3
-# An example whose share of the sum cannot be computed to this part of the sensitivity is dropped.
-_TRUSTED_SHARE_ERROR = 1e-2
+# Positions are said to cancel where the squared norm is below this part of what it would be if they
+# were orthogonal. The Gram form then loses digits in proportion, to the example's advantage.
+_CANCELLING = 0.25
+# Gradients shorter than this part of the sensitivity need no exact norm.
+_NEGLIGIBLE = 1e-6
 
 
 class BookKeepingEngine(GradientEngine):
@@ -70,21 +73,21 @@ class BookKeepingEngine(GradientEngine):
             return empty_sum(model, loss_release)
         coverage = self._checked_coverage(model, inputs, example_loss)
         with recording(coverage, num_units) as record:
-            losses = example_loss(model, inputs)
+            losses = checked_losses(example_loss(model, inputs), num_units)
             record.backward(losses, list(coverage.parameters))
         losses = losses.detach()
-        with torch.no_grad():
+        policy = gradient_clipping(clipping, loss_release)
+        with full_precision(losses.device):
             factors = _factors(coverage, record.calls, num_units)
             squared = _squared_norms(factors, losses)
+            apart = _cancelling(factors, squared, policy.sensitivity).nonzero()  # (few, 1)
+            for unit in apart:
+                for name, factor in factors.items():
+                    squared[name][unit] = factor.select(unit).dense().squared_norm()
             total = sum_of(list(squared.values()))
-            policy = gradient_clipping(clipping, loss_release)
-            weights = policy.weights(squared)
-            dropped = ~torch.isfinite(total) | _imprecise(factors, weights, policy)
-            if bool(dropped.any()):
-                factors = {name: factor.without(dropped) for name, factor in factors.items()}
+            dropped = ~torch.isfinite(total)
             summed = empty_sum(model, None).grads
-            for name, factor in factors.items():
-                summed[name].copy_(factor.weighted_sum(weights[name]))
+            _add_weighted(summed, factors, policy.weights(squared), dropped, apart)
         return ClippedSum(
             grads=summed,
             norms=total.sqrt(),
@@ -104,7 +107,7 @@ class BookKeepingEngine(GradientEngine):
                 "Freeze them, pass layer_rules={**DEFAULT_LAYER_RULES, TheModule: your_rule}, or use "
                 "engine='sequential'."
             )
-        if not coverage.axes:
+        if coverage.axes is None and batch_size(inputs) > 1:  # all of a batch of one is the one's
             establish_axes(model, inputs, coverage, example_loss)
         return coverage
 
@@ -114,10 +117,10 @@ def _factors(coverage: Coverage, calls: list[Call], num_units: int) -> dict[str,
     contributions: dict[str, list[Factor]] = defaultdict(list)
     for call in calls:
         point = call.point
-        if point.method == "forward" and point.name not in coverage.axes:
-            raise PrivacyError(
+        if num_units > 1 and point.method == "forward" and point.name not in (coverage.axes or {}):
+            raise UncoveredParameterError(
                 f"module {point.name!r} took part for some examples only: expected every module with "
-                "trainable parameters to run for the first example too, which shows where its input "
+                "trainable parameters to run for the first examples too, which shows where its input "
                 "has the examples. Use engine='sequential', or freeze it."
             )
         answered = {
@@ -138,34 +141,44 @@ def _factors(coverage: Coverage, calls: list[Call], num_units: int) -> dict[str,
 
 def _squared_norms(factors: Mapping[str, Factor], losses: Tensor) -> dict[str, Tensor]:
     """Squared norms per parameter; inf where the loss is not finite, so that the unit is dropped."""
-    if not factors:
-        zeros = torch.zeros_like(wide(losses))
-        return {"": torch.where(torch.isfinite(losses), zeros, torch.inf)}
-    squared = {name: factor.squared_norm() for name, factor in factors.items()}
-    total = sum_of(list(squared.values()))
-    eps = torch.finfo(total.dtype).eps
-    doubtful = eps * _squared_magnitude(factors) > _TRUSTED_NORM_ERROR * total
-    doubtful &= torch.isfinite(total)
-    if bool(doubtful.any()):
-        units = doubtful.nonzero().flatten()
-        for name, factor in factors.items():
-            squared[name][units] = factor.select(units).dense().squared_norm()
     bad = ~torch.isfinite(losses)
+    squared = {name: factor.squared_norm().clamp_min(0) for name, factor in factors.items()}
     return {
-        name: values.clamp_min(0).masked_fill(bad, torch.inf) for name, values in squared.items()
+        name: values.masked_fill(bad, torch.inf)
+        for name, values in (squared or {"": torch.zeros_like(wide(losses))}).items()
     }
 
 
-def _squared_magnitude(factors: Mapping[str, Factor]) -> Tensor:
-    return sum_of([factor.magnitude().square() for factor in factors.values()])
-
-
-def _imprecise(
-    factors: Mapping[str, Factor], weights: Mapping[str, Tensor], policy: ClippingPolicy
+def _cancelling(
+    factors: Mapping[str, Factor], squared: Mapping[str, Tensor], sensitivity: float
 ) -> Tensor:
-    """Units whose weighted share of the sum is lost in rounding, ``(B,)`` bool."""
-    shares = [weights[name] * factor.magnitude() for name, factor in factors.items()]
-    if not shares:
-        return torch.zeros_like(next(iter(weights.values())), dtype=torch.bool)
-    error = torch.stack(shares).square().sum(0).sqrt() * torch.finfo(shares[0].dtype).eps
-    return error > _TRUSTED_SHARE_ERROR * policy.sensitivity
+    """Units whose positions cancel so much that norm and share are lost in rounding, ``(B,)`` bool.
+
+    They are taken apart: their gradients are written out, and both norm and share come from the same
+    numbers, so that what is added is bounded however far those are from the truth.
+    """
+    total = sum_of(list(squared.values()))
+    if not factors:
+        return torch.zeros_like(total, dtype=torch.bool)
+    uncancelled = sum_of([factor.uncancelled() for factor in factors.values()])
+    matters = uncancelled > (_NEGLIGIBLE * sensitivity) ** 2
+    return matters & (total < _CANCELLING * uncancelled)
+
+
+def _add_weighted(
+    summed: Mapping[str, Tensor],
+    factors: Mapping[str, Factor],
+    weights: Mapping[str, Tensor],
+    dropped: Tensor,
+    apart: Tensor,
+) -> None:
+    """Add each unit's weighted share to `summed`; units `apart`, ``(few, 1)``, one by one."""
+    elsewhere = dropped.clone()
+    elsewhere[apart.flatten()] = True
+    kept = [unit for unit in apart if not bool(dropped[unit])]
+    clean = bool(elsewhere.any())
+    for name, factor in factors.items():
+        together = factor.without(elsewhere) if clean else factor
+        summed[name].copy_(together.weighted_sum(weights[name]))
+        for unit in kept:
+            summed[name].add_(factor.select(unit).dense().weighted_sum(weights[name][unit]))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from hf_dp.engines.base import trainable_parameters
+from hf_dp.errors import UncoveredParameterError
 from hf_dp.layers.base import LayerRule, LayerRules
 from hf_dp.layers.embedding import relative_bias
 from hf_dp.layers.recognise import is_relative_bias_owner, recognise
@@ -39,6 +41,17 @@ class TapPoint:
     parameters: tuple[nn.Parameter, ...]
     method: str = "forward"
 
+    def sole_input(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+        """The one tensor that the module was called with, on which its rule's formula rests."""
+        given = [value for value in (*args, *kwargs.values()) if value is not None]
+        if len(given) != 1 or not isinstance(given[0], Tensor) or given[0].dim() == 0:
+            raise UncoveredParameterError(
+                f"module {self.name!r} ({type(self.module).__qualname__}) was called with {len(given)} "
+                "arguments: expected one tensor. Its layer rule does not know what the others do to the "
+                "gradient. Use engine='sequential', or freeze it."
+            )
+        return given[0]
+
 
 @dataclass
 class Coverage:
@@ -48,13 +61,13 @@ class Coverage:
         parameters: Name -> trainable parameter.
         points: The tap points.
         uncovered: Name of each trainable parameter without a rule -> why.
-        axes: Where each tapped module has its examples, as far as that was established.
+        axes: Where each tapped module has its examples; None until that was established.
     """
 
     parameters: dict[str, nn.Parameter]
     points: list[TapPoint]
     uncovered: dict[str, str]
-    axes: dict[str, UnitAxis] = field(default_factory=dict)
+    axes: dict[str, UnitAxis] | None = None
 
     def fits(self, model: nn.Module) -> bool:
         """Whether the model still trains the same parameters."""

@@ -13,11 +13,13 @@ from hf_dp.clipping.loss import LossRelease
 from hf_dp.engines.base import (
     ExampleLoss,
     GradientEngine,
+    checked_losses,
     empty_sum,
     gradient_clipping,
     released_losses,
     trainable_parameters,
 )
+from hf_dp.engines.precision import full_precision
 from hf_dp.engines.rows import batch_size, row
 from hf_dp.layers.factors import Vec, wide
 from hf_dp.sums import ClippedSum
@@ -52,9 +54,9 @@ def _one(
     loss_release: LossRelease | None,
 ) -> ClippedSum:
     parameters = trainable_parameters(model)
-    loss = example_loss(model, example)  # (1,)
+    loss = checked_losses(example_loss(model, example), 1)
     grads = _gradients(loss, parameters)
-    with torch.no_grad():
+    with full_precision(loss.device):
         loss = loss.detach()
         squared = {name: Vec(grad[None]).squared_norm() for name, grad in grads.items()}
         squared = {

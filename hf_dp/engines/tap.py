@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from hf_dp.engines.coverage import Coverage, TapPoint, UnitAxis
-from hf_dp.errors import PrivacyError, UncoveredParameterError
+from hf_dp.errors import UncoveredParameterError
 
 
 @dataclass
@@ -90,7 +90,7 @@ def recording(coverage: Coverage, num_units: int) -> Iterator[Recording]:
     with contextlib.ExitStack() as stack:
         stack.callback(_enable, parameters)
         for point in coverage.points:
-            axis = coverage.axes.get(point.name, UnitAxis.FIRST)
+            axis = (coverage.axes or {}).get(point.name, UnitAxis.FIRST)
             tap = _PointTap(record, point, axis, num_units)
             tap.attach(stack)
         yield record
@@ -113,8 +113,10 @@ class _PointTap:
     def attach(self, stack: contextlib.ExitStack) -> None:
         if self.point.method == "forward":
             module = self.point.module
+            # next to the module's own forward: other people's hooks stay outside
             stack.enter_context(module.register_forward_pre_hook(self._before))
-            stack.enter_context(module.register_forward_hook(self._after, with_kwargs=True))
+            after = module.register_forward_hook(self._after, prepend=True, with_kwargs=True)
+            stack.enter_context(after)
         else:
             self._wrap_method(stack)
 
@@ -125,7 +127,7 @@ class _PointTap:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> Tensor:
         self._set_requires_grad(True)
-        inputs = args[0] if args else next(iter(kwargs.values()))
+        inputs = self.point.sole_input(args, kwargs)
         return self._tapped(inputs, output, first=inputs.shape[0])
 
     def _wrap_method(self, stack: contextlib.ExitStack) -> None:
@@ -153,7 +155,7 @@ class _PointTap:
             return output
         shared = self.axis is UnitAxis.SHARED or self.point.method != "forward"
         if first != (1 if shared else self.num_units):
-            raise PrivacyError(
+            raise UncoveredParameterError(
                 f"module {self.point.name!r} got an input with {first} rows on its first axis: expected "
                 f"{'one row for all examples' if shared else 'one row per example'}. "
                 "Without that axis one example's gradient cannot be told from another's. "
@@ -161,6 +163,8 @@ class _PointTap:
             )
         if shared and self.num_units > 1:
             output = output.expand(self.num_units, *output.shape[1:])
+            if self.point.method == "forward":
+                inputs = inputs.expand(self.num_units, *inputs.shape[1:])
         apply: Callable[..., Tensor] = _Tap.apply
         tapped = apply(self.record, self.point, self.record.anchor, output, inputs)
         return tapped

@@ -13,12 +13,12 @@ from hf_dp.layers.factors import Factor, OneHot, Vec, wide
 def embedding(
     module: nn.Module, inputs: Tensor, output_grads: Tensor, num_units: int
 ) -> Iterator[tuple[nn.Parameter, Factor]]:
-    """`torch.nn.Embedding`: ids ``(B, ...)`` or ``(1, ...)`` shared by all units, as positions are."""
-    weight = module.get_parameter("weight")
+    """`torch.nn.Embedding`: row ``ids[b, t]`` of the table gets ``g[b, t]``; a padding row nothing."""
+    weight = module._parameters.get("weight")
     if not trains(weight):
         return
     g = positions(output_grads, num_units)
-    ids = inputs.reshape(inputs.shape[0], -1).expand(num_units, -1)
+    ids = inputs.reshape(num_units, -1)
     padding = getattr(module, "padding_idx", None)
     if padding is not None:
         g = g.masked_fill((ids == padding)[:, :, None], 0)

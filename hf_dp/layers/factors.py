@@ -33,8 +33,12 @@ class Factor(ABC):
         """Squared L2 norm per unit, ``(B,)``."""
 
     @abstractmethod
-    def magnitude(self) -> Tensor:
-        """What the norm would be if no two positions cancelled, ``(B,)``: at least the norm."""
+    def uncancelled(self) -> Tensor:
+        """What `squared_norm` would be if positions were orthogonal, ``(B,)``.
+
+        Where it is far above the squared norm, positions cancel, and the rounding of what cancels
+        weighs in norm and sum. It errs upwards: squares too small for the dtype are not lost.
+        """
 
     @abstractmethod
     def cross(self, other: Factor) -> Tensor:
@@ -77,8 +81,8 @@ class Vec(Factor):
             squares = squares.sum(-1)
         return squares
 
-    def magnitude(self) -> Tensor:
-        return self.squared_norm().sqrt()
+    def uncancelled(self) -> Tensor:
+        return self.squared_norm()
 
     def cross(self, other: Factor) -> Tensor:
         product = self.values * other.dense().values
@@ -129,9 +133,8 @@ class Mat(Factor):
         gram = torch.bmm(left, left.mT).mul_(torch.bmm(right, right.mT))  # (B, T, T)
         return gram.sum(-1).sum(-1)
 
-    def magnitude(self) -> Tensor:
-        rows = wide(self.left).square().sum(-1) * wide(self.right).square().sum(-1)  # (B, T)
-        return rows.sqrt().sum(-1)
+    def uncancelled(self) -> Tensor:
+        return (_squares(wide(self.left)) * _squares(wide(self.right))).sum(-1)
 
     def cross(self, other: Factor) -> Tensor:
         if isinstance(other, OneHot):
@@ -150,7 +153,10 @@ class Mat(Factor):
         return left.flatten(0, 1).mT @ right.flatten(0, 1)
 
     def without(self, dropped: Tensor) -> Mat:
-        return Mat(_zero_rows(self.left, dropped), _zero_rows(self.right, dropped))
+        clean = Mat(_zero_rows(self.left, dropped), _zero_rows(self.right, dropped))
+        if self._dense is not None:  # the sum must stay made of what the norm was taken of
+            clean._dense = self._dense.without(dropped)
+        return clean
 
     def select(self, units: Tensor) -> Mat:
         return Mat(self.left[units], self.right[units])
@@ -175,7 +181,7 @@ class OneHot(Factor):
 
     def __init__(self, ids: Tensor, rows: Tensor, num_rows: int) -> None:
         """Hold ids ``(B, T)``, rows ``(B, T, d)`` and the table's number of rows V."""
-        self.ids = ids
+        self.ids = ids.long()
         self.rows = wide(rows)
         self.num_rows = num_rows
 
@@ -191,8 +197,8 @@ class OneHot(Factor):
         sums.index_add_(0, (segments + offsets).flatten(), rows.flatten(0, 1))
         return sums.square().sum(-1).view(batch, positions).sum(-1)
 
-    def magnitude(self) -> Tensor:
-        return self.rows.square().sum(-1).sqrt().sum(-1)
+    def uncancelled(self) -> Tensor:
+        return _squares(self.rows).sum(-1)
 
     def cross(self, other: Factor) -> Tensor:
         if not isinstance(other, Mat):
@@ -240,8 +246,8 @@ class Total(Factor):
         crosses = [a.cross(b) for i, a in enumerate(self.parts) for b in self.parts[:i]]
         return squares + 2 * sum_of(crosses)
 
-    def magnitude(self) -> Tensor:
-        return sum_of([part.magnitude() for part in self.parts])
+    def uncancelled(self) -> Tensor:
+        return sum_of([part.uncancelled() for part in self.parts])
 
     def cross(self, other: Factor) -> Tensor:
         return sum_of([part.cross(other) for part in self.parts])
@@ -276,6 +282,12 @@ def combine(factors: Sequence[Factor]) -> Factor:
         else:
             kinds.append(factor)
     return kinds[0] if len(kinds) == 1 else Total(kinds)
+
+
+def _squares(rows: Tensor) -> Tensor:
+    """Squared norm of each row, ``(B, T, width)`` to ``(B, T)``, never below the true one."""
+    lost = rows.shape[-1] * torch.finfo(rows.dtype).tiny  # a square below `tiny` may become 0
+    return rows.square().sum(-1) + lost
 
 
 def _zero_rows(tensor: Tensor, dropped: Tensor) -> Tensor:

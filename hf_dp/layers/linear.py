@@ -15,10 +15,10 @@ def linear(
 ) -> Iterator[tuple[nn.Parameter, Factor]]:
     """`torch.nn.Linear`: weight ``(d, p)``, gradient ``sum_t g_t x_t^T``; bias ``(d,)``."""
     x, g = positions(inputs, num_units), positions(output_grads, num_units)
-    weight, bias = module.get_parameter("weight"), module._parameters.get("bias")
+    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
     if trains(weight):
         yield weight, Mat(g, x)
-    if bias is not None and trains(bias):
+    if trains(bias):
         yield bias, Vec(wide(g).sum(1))
 
 
@@ -27,8 +27,8 @@ def transposed_linear(
 ) -> Iterator[tuple[nn.Parameter, Factor]]:
     """``x @ weight + bias`` with weight ``(p, d)``, as GPT-2's Conv1D stores it."""
     x, g = positions(inputs, num_units), positions(output_grads, num_units)
-    weight, bias = module.get_parameter("weight"), module._parameters.get("bias")
+    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
     if trains(weight):
         yield weight, Mat(x, g)
-    if bias is not None and trains(bias):
+    if trains(bias):
         yield bias, Vec(wide(g).sum(1))

@@ -21,10 +21,10 @@ def layer_norm(
     eps: float = module.eps  # type: ignore[assignment]
     weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
     g = wide(output_grads)
-    if weight is not None and trains(weight):
+    if trains(weight):
         normalised = F.layer_norm(wide(inputs), shape, None, None, eps)
         yield weight, Vec(_over_positions(g * normalised, num_units, shape))
-    if bias is not None and trains(bias):
+    if trains(bias):
         yield bias, Vec(_over_positions(g, num_units, shape))
 
 
@@ -45,7 +45,7 @@ def rms_norm_offset(
 def _gain(
     module: nn.Module, inputs: Tensor, output_grads: Tensor, num_units: int, *, neutral: float
 ) -> Iterator[tuple[nn.Parameter, Factor]]:
-    weight = module.get_parameter("weight")
+    weight = module._parameters.get("weight")
     if trains(weight):
         # the module's own arithmetic with a gain of one: its casts to float32 and back included
         unscaled = {"weight": torch.full_like(weight, neutral)}

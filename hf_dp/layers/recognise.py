@@ -59,12 +59,14 @@ def is_relative_bias_owner(module: nn.Module) -> bool:
         and is_plain_embedding(table)
         and table.padding_idx is None
         and callable(getattr(type(module), "compute_bias", None))
+        and "compute_bias" not in vars(module)
     )
 
 
 def _by_computation(module: nn.Module) -> LayerRule | None:
     own = dict(module.named_parameters(recurse=False))
-    if any(True for _ in module.children()) or "weight" not in own:
+    foreign_table = isinstance(module, nn.Embedding)  # too large to try out in vain
+    if foreign_table or any(True for _ in module.children()) or "weight" not in own:
         return None
     weight = own["weight"]
     candidates: list[tuple[LayerRule, Formula]] = []
@@ -103,14 +105,14 @@ def _computes(module: nn.Module, formula: Formula, width: int) -> bool:
     small inputs make a wrong eps visible.
     """
     generator = torch.Generator().manual_seed(0)  # a public check: nothing private is involved
-    twin = copy.deepcopy(module).cpu().double()
-    for parameter in twin.parameters():
-        parameter.copy_(torch.randn(parameter.shape, generator=generator))
     x = torch.randn(2, 3, width, generator=generator, dtype=torch.float64)
     x = x * torch.logspace(-4, 1, 6, dtype=torch.float64).view(2, 3, 1)
     try:
+        twin = copy.deepcopy(module).cpu().double()
+        for parameter in twin.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
         actual, expected = twin(x), formula(twin, x)
-    except (TypeError, ValueError, RuntimeError, IndexError):
+    except Exception:  # foreign code, tried on a guess: it may fail in any way
         return False
     if not isinstance(actual, Tensor) or actual.shape != expected.shape:
         return False
