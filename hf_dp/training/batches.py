@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Sampler
 
 from hf_dp.coins import Coins
+from hf_dp.errors import ConfigurationError, explain
 from hf_dp.sampling.base import BatchSampler
 
 Collator = Callable[[list[Any]], Any]
@@ -54,7 +55,23 @@ class LogicalBatchCollator:
         size = self.micro_batch_size
         pieces = [ordered[start : start + size] for start in range(0, len(ordered), size)]
         probe = self._probe(ordered)
+        self._require_mask(ordered, probe)
         return LogicalBatch([self.collator(piece) for piece in pieces], probe)
+
+    def _require_mask(self, ordered: list[Any], probe: Any) -> None:
+        """Refuse padding that nothing marks: the model would read it, and its amount tells of others."""
+        varied = bool(ordered) and self._length(ordered[0]) != self._length(ordered[-1])
+        if varied and isinstance(probe, Mapping) and "attention_mask" not in probe:
+            raise ConfigurationError(
+                explain(
+                    "data_collator",
+                    type(self.collator).__name__,
+                    "an attention_mask for examples of different lengths",
+                    "Without it an example's loss depends on how far its neighbours made it be padded.",
+                    "Return attention_mask from the collator (DataCollatorWithPadding does), or pad all "
+                    "examples to one length in the dataset.",
+                )
+            )
 
     def _probe(self, ordered: list[Any]) -> Any:
         """A few examples, the longest and the shortest among them, on which losses are compared.
@@ -136,7 +153,7 @@ def logical_loader(
         batch_sampler=sampler,
         collate_fn=LogicalBatchCollator(host.collate_fn, micro_batch_size, length_key),
         num_workers=host.num_workers,
-        pin_memory=host.pin_memory,
+        pin_memory=host.pin_memory and torch.accelerator.is_available(),
         persistent_workers=host.persistent_workers,
         multiprocessing_context=host.multiprocessing_context,
         prefetch_factor=host.prefetch_factor,

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from hf_dp.coins import FixedCoins
 from hf_dp.engines import SequentialEngine
-from hf_dp.errors import PrivacyError
+from hf_dp.errors import ConfigurationError, PrivacyError
 from hf_dp.ledger import LEDGER_NAME, Ledger, read_ledger
 from hf_dp.noise import GaussianNoise
 from hf_dp.training.batches import LogicalBatch
@@ -366,3 +366,14 @@ def test_a_loss_that_depends_on_the_padding_is_taken_on_each_example_alone(tmp_p
         )
         trainer.train()
         assert isinstance(trainer.engine, SequentialEngine) is (expected is SequentialEngine)
+
+
+def test_padding_without_a_mask_is_refused(tmp_path: Path) -> None:
+    def unmasked(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        batch = collate(rows)
+        del batch["attention_mask"]
+        return batch
+
+    with pytest.raises(ConfigurationError, match="attention_mask"):
+        trainer_for(tmp_path, data_collator=unmasked).train()
+    assert read_ledger(tmp_path / LEDGER_NAME).num_releases == 0
