@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from hf_dp._validate import one_of, open_unit_interval, positive
 from hf_dp.accounting import ACCOUNTANTS, check_delta, default_delta
@@ -193,3 +193,22 @@ class DPArguments:
         delta = default_delta(num_examples) if self.target_delta is None else self.target_delta
         check_delta(delta, num_examples)
         return delta
+
+
+def checked(dp_args: DPArguments | None) -> DPArguments:
+    """A copy of `dp_args`, its values checked again, which nobody changes from outside.
+
+    Raises:
+        ConfigurationError: There are none, or a value was set out of range after construction.
+    """
+    if isinstance(dp_args, DPArguments):
+        return replace(dp_args)
+    raise ConfigurationError(
+        explain(
+            "DPTrainer.dp_args",
+            dp_args,
+            "a DPArguments",
+            "Privacy has no default that suits everybody.",
+            "Pass dp_args=DPArguments(target_epsilon=3.0), or use transformers.Trainer.",
+        )
+    )

@@ -10,7 +10,8 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from hf_dp.coins import Coins
-from hf_dp.errors import ConfigurationError, explain
+from hf_dp.engines.rows import batch_size
+from hf_dp.errors import ConfigurationError, PrivacyError, explain
 from hf_dp.sampling.base import BatchSampler
 
 Collator = Callable[[list[Any]], Any]
@@ -37,6 +38,21 @@ class LogicalBatch:
         return LogicalBatch([pin(micro_batch) for micro_batch in self.micro_batches], self.probe)
 
 
+def drawn(inputs: Any) -> LogicalBatch:
+    """`inputs`, if our own loader made them.
+
+    Raises:
+        PrivacyError: They come from elsewhere.
+    """
+    if isinstance(inputs, LogicalBatch):
+        return inputs
+    raise PrivacyError(
+        f"training_step(inputs={type(inputs).__name__}): expected a LogicalBatch from "
+        "get_train_dataloader. Other batches were not drawn by the sampler that is accounted for. "
+        "Do not override get_train_dataloader; pass another dataset or data_collator instead."
+    )
+
+
 class LogicalBatchCollator:
     """Orders a draw by length and collates it in micro-batches of at most `micro_batch_size`.
 
@@ -56,7 +72,25 @@ class LogicalBatchCollator:
         pieces = [ordered[start : start + size] for start in range(0, len(ordered), size)]
         probe = self._probe(ordered)
         self._require_mask(ordered, probe)
-        return LogicalBatch([self.collator(piece) for piece in pieces], probe)
+        return LogicalBatch([self._collated(piece) for piece in pieces], probe)
+
+    def _collated(self, piece: list[Any]) -> Any:
+        """One micro-batch; rows are clipped one by one, so each must be one whole example."""
+        size = len(piece)  # before the collator, which may empty the list
+        batch = self.collator(piece)
+        if batch_size(batch) != size:
+            raise ConfigurationError(
+                explain(
+                    "data_collator",
+                    self._name(),
+                    "one row for each example",
+                    "A row is clipped as a whole: an example in several rows would count several times, "
+                    "and of several examples in one row none could be told apart.",
+                    "Split or join texts in the dataset, whose rows are what is protected, and not in the "
+                    "collator.",
+                )
+            )
+        return batch
 
     def _require_mask(self, ordered: list[Any], probe: Any) -> None:
         """Refuse padding that nothing marks: the model would read it, and its amount tells of others."""
@@ -65,7 +99,7 @@ class LogicalBatchCollator:
             raise ConfigurationError(
                 explain(
                     "data_collator",
-                    type(self.collator).__name__,
+                    self._name(),
                     "an attention_mask for examples of different lengths",
                     "Without it an example's loss depends on how far its neighbours made it be padded.",
                     "Return attention_mask from the collator (DataCollatorWithPadding does), or pad all "
@@ -84,6 +118,10 @@ class LogicalBatchCollator:
         last = len(ordered) - 1
         chosen = sorted({0, last // 3, 2 * last // 3, last})
         return self.collator([copy.deepcopy(ordered[index]) for index in chosen])
+
+    def _name(self) -> str:
+        # The host wraps a collator to remove columns.
+        return type(getattr(self.collator, "data_collator", self.collator)).__name__
 
     def _length(self, example: Any) -> int:
         try:

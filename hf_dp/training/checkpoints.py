@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -16,7 +17,7 @@ _NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 _STATE = "trainer_state.json"
 
 
-def resolve_checkpoint(resume: str | bool | None, output_dir: str) -> str | None:
+def resolve_checkpoint(resume: str | os.PathLike[str] | bool | None, output_dir: str) -> str | None:
     """The folder to resume from, or None.
 
     A run that is killed while it saves leaves a folder without its last file; the Trainer's own choice
@@ -27,8 +28,8 @@ def resolve_checkpoint(resume: str | bool | None, output_dir: str) -> str | None
     """
     if resume is None or resume is False:
         return None
-    if isinstance(resume, str):
-        return resume
+    if resume is not True:
+        return os.fspath(resume)
     for folder in _newest_first(Path(output_dir)):
         if is_complete(folder):
             return str(folder)

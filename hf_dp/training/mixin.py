@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,14 +22,15 @@ from hf_dp.accounting import accountant_named
 from hf_dp.accounting.base import Accountant
 from hf_dp.coins import Coins, SecretCoins
 from hf_dp.engines import ExampleLoss, SequentialEngine, engine_named
+from hf_dp.engines.base import gradient_clipping
 from hf_dp.errors import ConfigurationError, PrivacyError, explain
 from hf_dp.layers import DEFAULT_LAYER_RULES, LayerRules
 from hf_dp.ledger import LEDGER_NAME
 from hf_dp.plan import PrivacyPlan
 from hf_dp.reports.markdown import privacy_section
 from hf_dp.reports.report import PrivacyReport
-from hf_dp.training.arguments import DPArguments
-from hf_dp.training.batches import LogicalBatch, LogicalBatchSampler, logical_loader
+from hf_dp.training.arguments import DPArguments, checked
+from hf_dp.training.batches import LogicalBatch, LogicalBatchSampler, drawn, logical_loader
 from hf_dp.training.checkpoints import resolve_checkpoint
 from hf_dp.training.losses import choose_example_loss, default_loss_ceiling, definition_loss
 from hf_dp.training.planning import Schedule, plan_for, schedule
@@ -36,6 +38,8 @@ from hf_dp.training.refusals import (
     private_copy,
     refuse_collator,
     refuse_dataset,
+    refuse_evaluation,
+    refuse_launcher,
     refuse_model,
     refuse_options,
 )
@@ -51,6 +55,7 @@ else:
 logger = logging.getLogger(__name__)
 
 _EXACT_METRICS = ("grad_norm", "total_flos")  # the host's own, computed from private data
+_LOSSES = ("loss", "train_loss")  # zero where no loss is released
 
 
 class DPTrainerMixin(_Host):
@@ -86,11 +91,12 @@ class DPTrainerMixin(_Host):
         """Check everything that can be checked before training, then build the host."""
         bound = inspect.signature(super().__init__).bind(*args, **kwargs)
         host_args = bound.arguments.get("args") or TrainingArguments("tmp_trainer")
-        self.dp_args = _required(dp_args)
+        self.dp_args = checked(dp_args)
         refuse_options(host_args)
         self._accumulation: int = host_args.gradient_accumulation_steps
         bound.arguments["args"] = private_copy(host_args)
         super().__init__(*bound.args, **bound.kwargs)
+        refuse_launcher(self.accelerator)
         self.accountant: Accountant = accountant_named(self.dp_args.accountant)
         self.coins: Coins = coins or SecretCoins()
         self.engine = engine_named(self.dp_args.engine, layer_rules)
@@ -130,10 +136,15 @@ class DPTrainerMixin(_Host):
                     "train_dataset", None, "a dataset", "There is nothing to train on.", "Pass one."
                 )
             )
-        evaluated = self.eval_dataset
-        others = evaluated.values() if isinstance(evaluated, dict) else [evaluated]
-        size = refuse_dataset(self.train_dataset, others, self.dp_args.nonprivate_metrics)
-        when = schedule(self.args, self.dp_args, accumulation=self._accumulation, num_examples=size)
+        size = refuse_dataset(self.train_dataset)
+        self._refuse_evaluation(self.eval_dataset)
+        when = schedule(
+            self.args,
+            self.dp_args,
+            given=self._given_plan,
+            accumulation=self._accumulation,
+            num_examples=size,
+        )
         if self._claim is None or when != self._schedule:
             labels = {"labels": torch.zeros(1, 1)}
             ceiling = default_loss_ceiling(self.model, recognise_task(self.model, labels))
@@ -144,7 +155,9 @@ class DPTrainerMixin(_Host):
 
     # ---- the host's loop ------------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(
+        self, resume_from_checkpoint: str | os.PathLike[str] | bool | None = None, **kwargs: Any
+    ) -> Any:
         """Train, or go on where a checkpoint and its ledger left off."""
         claim = self._make_claim()
         checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir)
@@ -211,7 +224,7 @@ class DPTrainerMixin(_Host):
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
-        batch = _drawn(inputs)
+        batch = drawn(inputs)
         with self.coins.for_library_code():
             example_loss = self._loss_for(model, batch)
             summed = clipped_sum_of(
@@ -279,17 +292,28 @@ class DPTrainerMixin(_Host):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add epsilon and delta to training lines; leave out what is exact and private."""
-        if "loss" in logs or "train_loss" in logs:
-            for exact in _EXACT_METRICS:
-                logs.pop(exact, None)
-            if not self.dp_args.private_loss:
-                logs.pop("loss", None)
-                logs.pop("train_loss", None)
-            if self._spending is not None:
-                logs["epsilon"] = self._spending.epsilon
-                logs["delta"] = self._spending.claim.delta
-            logs.update(self._nonprivate.drain(self.dp_args.clipping_norm))
+        spending = self._spending
+        if spending is not None and ("loss" in logs or "train_loss" in logs):
+            plan = spending.claim.plan
+            hidden = (
+                _EXACT_METRICS if plan.loss_release is not None else (*_EXACT_METRICS, *_LOSSES)
+            )
+            for name in hidden:
+                logs.pop(name, None)
+            logs |= {"epsilon": spending.epsilon, "delta": spending.claim.delta}
+            clipping = gradient_clipping(plan.clipping, plan.loss_release)
+            logs |= self._nonprivate.drain(clipping.sensitivity)
         super().log(logs, start_time)
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The host's evaluation; refused on the training data, whose metrics would be exact."""
+        self._refuse_evaluation(eval_dataset)
+        metrics: dict[str, float] = super().evaluate(eval_dataset, *args, **kwargs)
+        return metrics
+
+    def _refuse_evaluation(self, on: Any) -> None:
+        if not self.dp_args.nonprivate_metrics:
+            refuse_evaluation(self.train_dataset, on)
 
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:
         """The expected logical batch, rounded, for the host's messages and throughput."""
@@ -316,27 +340,3 @@ class DPTrainerMixin(_Host):
             "data, and choosing among them spends more. Tune on public data, or run train() per setting and "
             "add up the epsilons."
         )
-
-
-def _drawn(inputs: Any) -> LogicalBatch:
-    if isinstance(inputs, LogicalBatch):
-        return inputs
-    raise PrivacyError(
-        f"training_step(inputs={type(inputs).__name__}): expected a LogicalBatch from "
-        "get_train_dataloader. Other batches were not drawn by the sampler that is accounted for. "
-        "Do not override get_train_dataloader; pass another dataset or data_collator instead."
-    )
-
-
-def _required(dp_args: DPArguments | None) -> DPArguments:
-    if isinstance(dp_args, DPArguments):
-        return dp_args
-    raise ConfigurationError(
-        explain(
-            "DPTrainer.dp_args",
-            dp_args,
-            "a DPArguments",
-            "Privacy has no default that suits everybody.",
-            "Pass dp_args=DPArguments(target_epsilon=3.0), or use transformers.Trainer.",
-        )
-    )

@@ -40,20 +40,27 @@ class Schedule:
 
 
 def schedule(
-    args: TrainingArguments, dp_args: DPArguments, *, accumulation: int, num_examples: int
+    args: TrainingArguments,
+    dp_args: DPArguments,
+    *,
+    given: PrivacyPlan | None,
+    accumulation: int,
+    num_examples: int,
 ) -> Schedule:
     """Fix the batch size and the number of steps in advance.
 
     Args:
         args: The host's arguments.
         dp_args: What privacy is asked for.
+        given: The user's own plan, whose batch size is used and whose number of steps must fit.
         accumulation: The user's gradient_accumulation_steps, which the host's copy no longer holds.
         num_examples: Length of the training data.
 
     Raises:
-        ConfigurationError: The expected batch is larger than the data, or there is no step to make.
+        ConfigurationError: The expected batch is larger than the data, there is no step to make, or
+            a given plan is for another number of steps.
     """
-    expected = dp_args.expected_batch_size
+    expected = dp_args.expected_batch_size if given is None else given.expected_batch_size
     if expected is None:
         expected = args.per_device_train_batch_size * accumulation * args.world_size
     if expected > num_examples:
@@ -68,19 +75,35 @@ def schedule(
         )
     steps_per_epoch = math.ceil(num_examples / expected)
     num_steps = (
-        args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
+        args.max_steps
+        if args.max_steps >= 0
+        else math.ceil(args.num_train_epochs * steps_per_epoch)
     )
+    _check_steps(args, num_steps, given)
+    return Schedule(num_examples, float(expected), steps_per_epoch, num_steps)
+
+
+def _check_steps(args: TrainingArguments, num_steps: int, given: PrivacyPlan | None) -> None:
     if num_steps < 1:
         raise ConfigurationError(
             explain(
-                "TrainingArguments.num_train_epochs",
-                args.num_train_epochs,
-                "a positive number",
+                "TrainingArguments.(max_steps, num_train_epochs)",
+                (args.max_steps, args.num_train_epochs),
+                "at least one step",
                 "Every step is a release, so their number is fixed before training.",
-                "Set num_train_epochs or max_steps.",
+                "Set num_train_epochs > 0, or max_steps > 0.",
             )
         )
-    return Schedule(num_examples, float(expected), steps_per_epoch, num_steps)
+    if given is not None and given.num_steps != num_steps:
+        raise ConfigurationError(
+            explain(
+                "PrivacyPlan.num_steps",
+                given.num_steps,
+                f"{num_steps}, the steps that the TrainingArguments ask for",
+                "The plan would describe another run than the one that is trained.",
+                "Set max_steps to the plan's number of steps.",
+            )
+        )
 
 
 def plan_for(

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
+from accelerate.utils import DistributedType, DynamoBackend
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import IterableDataset
@@ -19,6 +20,8 @@ from transformers import TrainingArguments
 from hf_dp.errors import ConfigurationError, explain
 
 logger = logging.getLogger(__name__)
+
+_DEFAULT_MAX_GRAD_NORM = 1.0
 
 Check = tuple[str, Callable[[Any], bool], str, str, str]  # field, is it bad, expected, why, remedy
 
@@ -160,6 +163,17 @@ def refuse_options(args: TrainingArguments) -> None:
             raise ConfigurationError(
                 explain(f"TrainingArguments.{field}", value, expected, why, remedy)
             )
+    accumulation = getattr(args.accelerator_config, "gradient_accumulation_kwargs", None) or {}
+    if accumulation.get("num_steps", 1) != 1:
+        raise ConfigurationError(
+            explain(
+                "TrainingArguments.accelerator_config.gradient_accumulation_kwargs",
+                accumulation,
+                "no num_steps",
+                "The size of a logical batch must be known before it is drawn.",
+                "Set gradient_accumulation_steps instead.",
+            )
+        )
     for field in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
         if (getattr(args, field, None) or {}).get("use_reentrant"):
             raise ConfigurationError(
@@ -173,11 +187,42 @@ def refuse_options(args: TrainingArguments) -> None:
             )
 
 
+def refuse_launcher(accelerator: Any) -> None:
+    """Refuse what ``accelerate launch`` switches on behind the training arguments.
+
+    Raises:
+        ConfigurationError: More than plain training in one process.
+    """
+    scaled = "a gradient scaler" if accelerator.scaler is not None else None
+    plugin = getattr(accelerator.state, "dynamo_plugin", None)
+    backend = getattr(plugin, "backend", DynamoBackend.NO)
+    compiled = None if backend == DynamoBackend.NO else f"torch.compile ({backend})"
+    spread = accelerator.distributed_type
+    distributed = None if spread == DistributedType.NO else str(spread)
+    for found in (distributed, compiled, scaled):
+        if found is not None:
+            raise _coupled(
+                "accelerator",
+                found,
+                "plain training in one process",
+                "Gradients must be seen, clipped and noised as a whole, in one place.",
+                "Start with python instead of accelerate launch, or clear the ACCELERATE_ variables.",
+            )
+
+
 def private_copy(args: TrainingArguments) -> TrainingArguments:
     """A copy of the training arguments for the host, with what privacy replaces switched off."""
     mine = copy.copy(args)
+    mine.accelerator_config = copy.deepcopy(args.accelerator_config)  # the host writes into it
     mine.gradient_accumulation_steps = 1  # one item of the loader is one logical batch
-    mine.max_grad_norm = 0.0  # would clip the noisy gradient once more
+    if mine.max_grad_norm > 0:
+        logger.log(
+            logging.INFO if mine.max_grad_norm == _DEFAULT_MAX_GRAD_NORM else logging.WARNING,
+            "hf_dp: max_grad_norm=%s is switched off: it would clip the noisy gradient once more. "
+            "DPArguments.clipping_norm bounds each example's gradient.",
+            mine.max_grad_norm,
+        )
+        mine.max_grad_norm = 0.0
     if getattr(mine, "include_num_input_tokens_seen", "no") not in ("no", False):
         logger.warning(
             "hf_dp: include_num_input_tokens_seen is switched off: exact token counts are private data."
@@ -237,11 +282,11 @@ def refuse_collator(collator: object) -> None:
         )
 
 
-def refuse_dataset(dataset: Any, eval_datasets: Iterable[Any], nonprivate_metrics: bool) -> int:
+def refuse_dataset(dataset: Any) -> int:
     """Check the training data and return its number of examples.
 
     Raises:
-        ConfigurationError: It has no length, is empty, or is evaluated on as well.
+        ConfigurationError: It has no length, or is empty.
     """
     try:
         if isinstance(dataset, IterableDataset):
@@ -263,7 +308,21 @@ def refuse_dataset(dataset: Any, eval_datasets: Iterable[Any], nonprivate_metric
             "There is nothing to train on.",
             "Add data.",
         )
-    if any(dataset is other for other in eval_datasets) and not nonprivate_metrics:
+    return size
+
+
+def refuse_evaluation(train_dataset: Any, evaluated: Any) -> None:
+    """Refuse to evaluate on the training data.
+
+    Args:
+        train_dataset: What is protected.
+        evaluated: A dataset, a dict of them, or None.
+
+    Raises:
+        ConfigurationError: One of them is the training dataset.
+    """
+    others = evaluated.values() if isinstance(evaluated, dict) else [evaluated]
+    if train_dataset is not None and any(train_dataset is other for other in others):
         raise _coupled(
             "eval_dataset",
             "the training dataset",
@@ -271,7 +330,6 @@ def refuse_dataset(dataset: Any, eval_datasets: Iterable[Any], nonprivate_metric
             "Evaluation metrics are exact, so they would leak the protected examples.",
             "Hold some examples out, or set DPArguments.nonprivate_metrics=True.",
         )
-    return size
 
 
 def _coupled(field: str, value: object, expected: str, why: str, remedy: str) -> ConfigurationError:

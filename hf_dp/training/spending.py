@@ -9,12 +9,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Self
 
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
 from hf_dp.accounting.base import Accountant
 from hf_dp.accounting.curve import EpsilonCurve
 from hf_dp.coins import Coins
 from hf_dp.errors import BudgetExhaustedError, ConfigurationError, LedgerMismatchError, explain
 from hf_dp.events import PrivacyEvent
-from hf_dp.ledger import LEDGER_NAME, Ledger, merge_ledgers
+from hf_dp.ledger import LEDGER_NAME, Ledger, merge_ledgers, read_ledger
 from hf_dp.plan import PrivacyPlan
 from hf_dp.training.arguments import DPArguments
 
@@ -125,13 +127,18 @@ class Spending:
         if checkpoint is not None:
             _require_ledger(checkpoint)
             merge_ledgers(path, checkpoint / LEDGER_NAME)
+        elif path.exists() and read_ledger(path).num_releases == 0:
+            _remove_empty(path)
         if not path.exists():
+            _refuse_copies(output_dir, None)
             return cls(claim, Ledger.create(path, header))
         ledger = Ledger.open(path)
         try:
             if checkpoint is None and not continues and ledger.run_id != known_run:
-                raise _left_behind(path)
+                raise _left_behind(output_dir, path)
+            _refuse_copies(output_dir, ledger.run_id)
             _same_plan(ledger.header, header, path)
+            _only_planned(ledger, claim.plan.step_event)
         except BaseException:
             ledger.close()
             raise
@@ -165,7 +172,12 @@ class Spending:
         self.ledger.append(event, step=step)
 
     def copy_to(self, folder: Path) -> None:
-        """Copy the ledger into `folder`, during the run or after it."""
+        """Copy the ledger into `folder`, during the run or after it.
+
+        Raises:
+            LedgerMismatchError: `folder` holds the ledger of another run.
+        """
+        _refuse_other_run(folder / LEDGER_NAME, self.ledger.run_id)
         if self._open:
             self.ledger.copy_to(folder)
         else:
@@ -199,6 +211,58 @@ def _same_plan(written: Mapping[str, Any], planned: Mapping[str, Any], path: Pat
         if before.get(key) != now.get(key):
             raise _other_plan(f"plan.{key}", before.get(key), now.get(key), path)
 
+    if planned["nonprivate_metrics"] and not written.get("nonprivate_metrics"):
+        raise LedgerMismatchError(
+            explain(
+                "DPArguments.nonprivate_metrics",
+                True,
+                "False, as in the ledger",
+                "Its header tells every later reader whether exact quantities were logged.",
+                "Resume without it, or begin a new run in another output_dir.",
+            )
+        )
+
+
+def _only_planned(ledger: Ledger, step_event: PrivacyEvent) -> None:
+    """Refuse releases that the curve, which is that of one event, would misstate."""
+    if any(run.event != step_event for run in read_ledger(ledger.path).releases):
+        raise LedgerMismatchError(
+            explain(
+                "ledger.releases",
+                str(ledger.path),
+                "only releases of the plan's step",
+                "Something else was recorded too, whose cost the epsilon of this run would leave out.",
+                "Use a new output_dir, and account for the releases of both ledgers.",
+            )
+        )
+
+
+def _remove_empty(path: Path) -> None:
+    """Remove the ledger of a run that failed before its first release: it counts nothing."""
+    with Ledger.open(path) as ledger:
+        if ledger.num_releases == 0:
+            path.unlink()
+
+
+def _refuse_copies(output_dir: Path, run_id: str | None) -> None:
+    """Refuse an output directory with checkpoints of another run, which this one would overwrite."""
+    for copy in sorted(output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{LEDGER_NAME}")):
+        if read_ledger(copy).run_id != run_id:
+            raise _left_behind(output_dir, copy)
+
+
+def _refuse_other_run(path: Path, run_id: str) -> None:
+    if path.exists() and read_ledger(path).run_id != run_id:
+        raise LedgerMismatchError(
+            explain(
+                "output_dir",
+                str(path.parent),
+                "a folder without the ledger of another run",
+                "Saving there would overwrite the record of what that run released.",
+                "Save into another folder.",
+            )
+        )
+
 
 def _other_plan(key: str, before: object, now: object, path: Path) -> LedgerMismatchError:
     return LedgerMismatchError(
@@ -228,14 +292,14 @@ def _require_ledger(checkpoint: Path) -> None:
         )
 
 
-def _left_behind(path: Path) -> LedgerMismatchError:
+def _left_behind(output_dir: Path, path: Path) -> LedgerMismatchError:
     return LedgerMismatchError(
         explain(
             "TrainingArguments.output_dir",
-            str(path.parent),
+            str(output_dir),
             "a directory without an earlier run's ledger",
-            f"{path.name} counts what that run released about the data; a new run on the same data adds "
-            "to it.",
+            f"{path.relative_to(output_dir)} counts what that run released about the data; a new run on "
+            "the same data adds to it.",
             "Use train(resume_from_checkpoint=True) to go on, DPArguments(ledger='continue') to start "
             "anew and count both, or another output_dir if the data is different.",
         )
