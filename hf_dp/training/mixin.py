@@ -6,7 +6,6 @@ the whole story, in the order of the law: sum, budget, ledger, noise, average. C
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -89,13 +88,19 @@ class DPTrainerMixin(_Host):
         **kwargs: Any,
     ) -> None:
         """Check everything that can be checked before training, then build the host."""
-        bound = inspect.signature(super().__init__).bind(*args, **kwargs)
-        host_args = bound.arguments.get("args") or TrainingArguments("tmp_trainer")
         self.dp_args = checked(dp_args)
-        refuse_options(host_args)
-        self._accumulation: int = host_args.gradient_accumulation_steps
-        bound.arguments["args"] = private_copy(host_args)
-        super().__init__(*bound.args, **bound.kwargs)
+        # By type and not by place: a host class may take *args and hand them on.
+        given = [v for v in (*args, *kwargs.values()) if isinstance(v, TrainingArguments)]
+        if not given:
+            given = [TrainingArguments("tmp_trainer")]
+            kwargs["args"] = given[0]
+        refuse_options(given[0])
+        self._accumulation: int = given[0].gradient_accumulation_steps
+        mine = private_copy(given[0])
+        super().__init__(
+            *(mine if value is given[0] else value for value in args),
+            **{name: mine if value is given[0] else value for name, value in kwargs.items()},
+        )
         refuse_launcher(self.accelerator)
         self.accountant: Accountant = accountant_named(self.dp_args.accountant)
         self.coins: Coins = coins or SecretCoins()
@@ -197,6 +202,8 @@ class DPTrainerMixin(_Host):
     ) -> tuple[list[Any], None]:
         """The next logical batch, or none once the budget is spent: then stop, and save.
 
+        None either where a finished run is resumed: the host itself would make one step more.
+
         The number of items is never passed on: a loss divided by the whole batch's token count would
         let one example change every other's gradient.
         """
@@ -210,6 +217,9 @@ class DPTrainerMixin(_Host):
             )
             self.control.should_training_stop = True
             self.control.should_save = True
+            return [], None
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
             return [], None
         with self.coins.for_library_code():
             samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
