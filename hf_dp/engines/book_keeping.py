@@ -36,8 +36,9 @@ from hf_dp.layers.recognise import DEFAULT_LAYER_RULES
 from hf_dp.sums import ClippedSum
 
 # Positions are said to cancel where the squared norm is below this part of what it would be if they
-# were orthogonal. The Gram form then loses digits in proportion, to the example's advantage.
-_CANCELLING = 0.25
+# were orthogonal. The Gram form then loses digits in proportion, to the example's advantage. Above it
+# T positions, contrived so that all their roundings agree, can gain about 5e-7 * T of the norm.
+_CANCELLING = 0.5
 # Gradients shorter than this part of the sensitivity need no exact norm.
 _NEGLIGIBLE = 1e-6
 
@@ -123,16 +124,15 @@ def _factors(coverage: Coverage, calls: list[Call], num_units: int) -> dict[str,
                 "trainable parameters to run for the first examples too, which shows where its input "
                 "has the examples. Use engine='sequential', or freeze it."
             )
-        answered = {
-            p: f for p, f in point.rule(point.module, call.inputs, call.output_grads, num_units)
-        }
-        if {id(p) for p in answered} != {id(p) for p in point.parameters}:
+        answers = list(point.rule(point.module, call.inputs, call.output_grads, num_units))
+        answered = {id(parameter) for parameter, _ in answers}
+        if answered != {id(parameter) for parameter in point.parameters}:
             raise UncoveredParameterError(
                 f"the layer rule for {type(point.module).__qualname__} ({point.name!r}) answered for "
                 f"{len(answered)} of {len(point.parameters)} trainable parameters: expected all. The "
                 "others would not be clipped. Mend the rule, or use engine='sequential'."
             )
-        for parameter, factor in answered.items():
+        for parameter, factor in answers:
             contributions[names[id(parameter)]].append(factor)
     return {
         name: combine(contributions[name]) for name in coverage.parameters if name in contributions
@@ -179,6 +179,15 @@ def _add_weighted(
     clean = bool(elsewhere.any())
     for name, factor in factors.items():
         together = factor.without(elsewhere) if clean else factor
-        summed[name].copy_(together.weighted_sum(weights[name]))
+        share = together.weighted_sum(weights[name])
+        if (
+            share.shape != summed[name].shape
+        ):  # copying would repeat it, and its norm would not hold
+            raise UncoveredParameterError(
+                f"the layer rule for parameter {name!r} gave gradients of shape {tuple(share.shape)}: "
+                f"expected {tuple(summed[name].shape)}. Its norms are not those of the gradient. Mend "
+                "the rule, or use engine='sequential'."
+            )
+        summed[name].copy_(share)
         for unit in kept:
             summed[name].add_(factor.select(unit).dense().weighted_sum(weights[name][unit]))
