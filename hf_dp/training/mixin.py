@@ -21,7 +21,6 @@ from hf_dp.accounting import accountant_named
 from hf_dp.accounting.base import Accountant
 from hf_dp.coins import Coins, SecretCoins
 from hf_dp.engines import ExampleLoss, SequentialEngine, engine_named
-from hf_dp.engines.base import gradient_clipping
 from hf_dp.errors import ConfigurationError, PrivacyError, explain
 from hf_dp.layers import DEFAULT_LAYER_RULES, LayerRules
 from hf_dp.ledger import LEDGER_NAME
@@ -31,6 +30,12 @@ from hf_dp.reports.report import PrivacyReport
 from hf_dp.training.arguments import DPArguments, checked
 from hf_dp.training.batches import LogicalBatch, LogicalBatchSampler, drawn, logical_loader
 from hf_dp.training.checkpoints import resolve_checkpoint
+from hf_dp.training.lines import (
+    NonPrivateMetrics,
+    forget_exact_metrics,
+    is_training_line,
+    make_private,
+)
 from hf_dp.training.losses import choose_example_loss, default_loss_ceiling, definition_loss
 from hf_dp.training.planning import Schedule, plan_for, schedule
 from hf_dp.training.refusals import (
@@ -43,7 +48,7 @@ from hf_dp.training.refusals import (
     refuse_options,
 )
 from hf_dp.training.spending import Claim, Spending
-from hf_dp.training.step import NonPrivateMetrics, clipped_sum_of, released_loss, set_gradients
+from hf_dp.training.step import clipped_sum_of, released_loss, set_gradients
 from hf_dp.training.tasks import recognise_task
 
 if TYPE_CHECKING:
@@ -52,9 +57,6 @@ else:
     _Host = object
 
 logger = logging.getLogger(__name__)
-
-_EXACT_METRICS = ("grad_norm", "total_flos")  # the host's own, computed from private data
-_LOSSES = ("loss", "train_loss")  # zero where no loss is released
 
 
 class DPTrainerMixin(_Host):
@@ -302,17 +304,12 @@ class DPTrainerMixin(_Host):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add epsilon and delta to training lines; leave out what is exact and private."""
-        spending = self._spending
-        if spending is not None and ("loss" in logs or "train_loss" in logs):
-            plan = spending.claim.plan
-            hidden = (
-                _EXACT_METRICS if plan.loss_release is not None else (*_EXACT_METRICS, *_LOSSES)
-            )
-            for name in hidden:
-                logs.pop(name, None)
-            logs |= {"epsilon": spending.epsilon, "delta": spending.claim.delta}
-            clipping = gradient_clipping(plan.clipping, plan.loss_release)
-            logs |= self._nonprivate.drain(clipping.sensitivity)
+        if self._spending is not None and is_training_line(logs):
+            make_private(logs, self._spending)
+            if self.dp_args.nonprivate_metrics:
+                logs |= self._nonprivate.drain(self._spending)
+            else:
+                forget_exact_metrics(self)
         super().log(logs, start_time)
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -50,38 +49,3 @@ def released_loss(released: NoisySum, plan: PrivacyPlan, device: torch.device) -
         released.loss_sum, sensitivity=plan.clipping.sensitivity, divisor=plan.expected_batch_size
     )
     return loss.to(device, torch.float32)
-
-
-@dataclass
-class NonPrivateMetrics:
-    """Exact quantities since the last log line, kept only where the user asked for them."""
-
-    steps: int = 0
-    losses: list[Tensor] = field(default_factory=list)
-    norms: list[Tensor] = field(default_factory=list)
-
-    def observe(self, summed: ClippedSum) -> None:
-        """Keep what one step's sum shows."""
-        self.steps += 1
-        self.losses.append(summed.losses.detach())
-        self.norms.append(summed.norms.detach())
-
-    def drain(self, clipping_norm: float) -> dict[str, float]:
-        """The figures for one log line, under ``nonprivate/``; then forget them."""
-        steps, self.steps = self.steps, 0
-        losses = torch.cat(self.losses) if self.losses else torch.zeros(0)
-        norms = torch.cat(self.norms) if self.norms else torch.zeros(0)
-        self.losses, self.norms = [], []
-        if steps == 0:
-            return {}
-        finite = torch.isfinite(norms)
-        figures: dict[str, Callable[[], Tensor]] = {
-            "loss": lambda: losses[finite].mean(),
-            "gradient_norm": lambda: norms[finite].mean(),
-            "clipped_fraction": lambda: (norms[finite] > clipping_norm).float().mean(),
-            "dropped_fraction": lambda: (~finite).float().mean(),
-        }
-        shown = {"nonprivate/batch_size": len(norms) / steps}
-        if bool(finite.any()):
-            shown |= {f"nonprivate/{name}": float(figure()) for name, figure in figures.items()}
-        return shown
