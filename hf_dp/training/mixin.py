@@ -21,6 +21,7 @@ from hf_dp.accounting import accountant_named
 from hf_dp.accounting.base import Accountant
 from hf_dp.coins import Coins, SecretCoins
 from hf_dp.engines import ExampleLoss, SequentialEngine, engine_named
+from hf_dp.engines.base import trainable_parameters
 from hf_dp.errors import ConfigurationError, PrivacyError, explain
 from hf_dp.layers import DEFAULT_LAYER_RULES, LayerRules
 from hf_dp.ledger import LEDGER_NAME
@@ -167,6 +168,7 @@ class DPTrainerMixin(_Host):
     ) -> Any:
         """Train, or go on where a checkpoint and its ledger left off."""
         claim = self._make_claim()
+        trainable_parameters(self.model)  # refuses a model without any, while nothing is begun
         checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir)
         self._spending = Spending.begin(
             claim,

@@ -46,7 +46,9 @@ def table(tokenizer: tf.PreTrainedTokenizerFast) -> Dataset:
     """Forty sentences of one to eight words, with their text, which no model takes."""
     generator = torch.Generator().manual_seed(1)
     texts = [
-        " ".join(WORDS[int(i)] for i in torch.randint(0, len(WORDS), (1 + n % 8,), generator=generator))
+        " ".join(
+            WORDS[int(i)] for i in torch.randint(0, len(WORDS), (1 + n % 8,), generator=generator)
+        )
         for n in range(40)
     ]
     rows = Dataset.from_dict({"text": texts, "label": [n % 2 for n in range(40)]})
@@ -122,7 +124,7 @@ def test_language_models_with_the_stock_collator(
             tokenizer, mlm=masked, mlm_probability=0.5 if masked else None
         ),
         train_dataset=table,
-        dp_args=DPArguments(noise_multiplier=1.0, nonprivate_metrics=True),
+        dp_args=DPArguments(noise_multiplier=1.0, nonprivate_metrics=True, expected_batch_size=40),
     )
     trainer.train()
     assert isinstance(trainer.engine, AutomaticEngine), "no loss was taken one example at a time"
@@ -147,7 +149,12 @@ def test_seq2seq_training_and_generation(
         str(tmp_path),
         predict_with_generate=True,
         generation_max_length=5,
-        **{**vars_of(host_arguments(tmp_path)), **SAVING, "eval_strategy": "steps", "eval_steps": 3},
+        **{
+            **vars_of(host_arguments(tmp_path)),
+            **SAVING,
+            "eval_strategy": "steps",
+            "eval_steps": 3,
+        },
     )
     trainer = DPSeq2SeqTrainer(
         model=model,
@@ -265,7 +272,8 @@ def test_an_example_is_worth_its_own_mean_whatever_its_neighbours(tmp_path: Path
         tmp_path,
         model=tiny_gpt2(),
         train_dataset=[
-            {"input_ids": [5] * n, "labels": [7] * n, "attention_mask": [1] * n} for n in range(2, 22)
+            {"input_ids": [5] * n, "labels": [7] * n, "attention_mask": [1] * n}
+            for n in range(2, 22)
         ],
         data_collator=pad_labels,
         dp={"expected_batch_size": 20},

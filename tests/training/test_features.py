@@ -9,7 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from runs import NUM_EXAMPLES, Sentences, collate, host_arguments, tiny_bert, train_lines, trainer_for
+from runs import (
+    NUM_EXAMPLES,
+    Sentences,
+    collate,
+    host_arguments,
+    tiny_bert,
+    train_lines,
+    trainer_for,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
@@ -60,7 +68,9 @@ def test_evaluate_predict_and_compute_metrics(tmp_path: Path) -> None:
     assert predicted.predictions.shape == (12, 2)
     assert evaluated["eval_accuracy"] == predicted.metrics["test_accuracy"]
     assert evaluated["eval_loss"] == pytest.approx(predicted.metrics["test_loss"])
-    assert "epsilon" not in evaluated, "evaluating is no release, and its line goes to the model card"
+    assert "epsilon" not in evaluated, (
+        "evaluating is no release, and its line goes to the model card"
+    )
 
 
 def test_several_evaluation_sets(tmp_path: Path) -> None:
@@ -305,7 +315,10 @@ def test_pinning_reaches_every_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
         return tensor + 1
 
     monkeypatch.setattr(Tensor, "pin_memory", pinned)
-    pieces = [{"input_ids": torch.zeros(2, 3), "nested": [torch.zeros(1)]}, {"labels": torch.ones(1)}]
+    pieces = [
+        {"input_ids": torch.zeros(2, 3), "nested": [torch.zeros(1)]},
+        {"labels": torch.ones(1)},
+    ]
     batch = torch.utils.data._utils.pin_memory.pin_memory(LogicalBatch(pieces, {"a": 1}))
     assert isinstance(batch, LogicalBatch)
     assert batch.micro_batches[0]["input_ids"].sum() == 6
