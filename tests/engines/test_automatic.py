@@ -1,0 +1,127 @@
+"""The engine that chooses: book-keeping as long as it covers the model, and a word when it does not."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from engine_zoo import Batch, assert_same_sum, naive
+from torch import Tensor, nn
+from torch.nn import functional as F
+from toy_nets import C, Net, data, squares
+
+from hf_dp.clipping import FlatClipping
+from hf_dp.engines import (
+    ENGINES,
+    AutomaticEngine,
+    BookKeepingEngine,
+    GradientEngine,
+    SequentialEngine,
+    engine_named,
+)
+from hf_dp.errors import ConfigurationError, HfDpError
+from hf_dp.layers import DEFAULT_LAYER_RULES
+from hf_dp.sums import ClippedSum
+
+
+class Uncovered(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(x) + F.linear(x, self.first.weight)
+
+
+class Sometimes(Net):
+    """Uses the second layer only for inputs of some size."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        if bool((x > 15).any()):
+            hidden = self.second(hidden)
+        return hidden
+
+
+def chosen_sum(engine: AutomaticEngine, model: nn.Module, inputs: Batch) -> ClippedSum:
+    return engine.clipped_sum(model, inputs, example_loss=squares, clipping=FlatClipping(C))
+
+
+def test_a_covered_model_is_book_kept_in_silence(caplog: pytest.LogCaptureFixture) -> None:
+    engine = AutomaticEngine()
+    found = chosen_sum(engine, Net(), data())
+    assert_same_sum(found, naive(Net(), data(), C, squares), 1e-12)
+    assert isinstance(engine.chosen, BookKeepingEngine)
+    assert caplog.messages == []
+
+
+def test_an_uncovered_model_is_taken_one_by_one_and_said_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    engine, model = AutomaticEngine(), Uncovered()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            found = chosen_sum(engine, model, data())
+            assert_same_sum(found, naive(model, data(), C, squares), 1e-12)
+    assert isinstance(engine.chosen, SequentialEngine)
+    [said] = caplog.messages
+    assert "engine='sequential'" in said
+    assert "as slow as training with batches of one" in said
+    assert "first.weight" in said
+
+
+def test_an_empty_batch_decides_nothing() -> None:
+    engine, model = AutomaticEngine(), Uncovered()
+    chosen_sum(engine, model, {"x": torch.zeros(0, 3, 6, dtype=torch.float64)})
+    assert isinstance(engine.chosen, BookKeepingEngine)
+
+
+def test_what_turns_up_uncovered_later_is_still_exact() -> None:
+    engine, model, small = AutomaticEngine(), Sometimes(), data()
+    small["x"] *= 0.1
+    for inputs in (small, data(), small):
+        found = chosen_sum(engine, model, inputs)
+        assert_same_sum(found, naive(model, inputs, C, squares), 1e-12)
+    assert isinstance(engine.chosen, SequentialEngine)
+
+
+def test_the_first_batch_may_hold_one_example() -> None:
+    engine, model = AutomaticEngine(), Net()
+    for rows in (1, 4, 1):
+        found = chosen_sum(engine, model, data(rows=rows))
+        assert_same_sum(found, naive(model, data(rows=rows), C, squares), 1e-12)
+    assert isinstance(engine.chosen, BookKeepingEngine)
+
+
+def test_other_errors_are_not_swallowed() -> None:
+    engine = AutomaticEngine()
+    with pytest.raises(ConfigurationError, match="one loss per example"):
+        engine.clipped_sum(
+            Net(),
+            data(),
+            example_loss=lambda model, inputs: squares(model, inputs).mean(),
+            clipping=FlatClipping(C),
+        )
+    assert isinstance(engine.chosen, BookKeepingEngine)
+
+
+def test_rules_are_passed_on() -> None:
+    def mine(*_: object) -> Any:
+        raise KeyError("asked")
+
+    for name in ("auto", "book_keeping"):
+        engine = engine_named(name, {**DEFAULT_LAYER_RULES, nn.Linear: mine})
+        with pytest.raises(KeyError, match="asked"):
+            engine.clipped_sum(Net(), data(), example_loss=squares, clipping=FlatClipping(C))
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_engines_are_found_by_their_own_name(name: str) -> None:
+    engine = engine_named(name)
+    assert isinstance(engine, GradientEngine)
+    assert engine.name == name
+
+
+def test_an_unknown_engine_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(ConfigurationError, match=r"engine='bookkeeping'.*'book_keeping'\?"):
+        engine_named("bookkeeping")
+    with pytest.raises(HfDpError, match="Choose one of auto, book_keeping, sequential"):
+        engine_named("ghost")
