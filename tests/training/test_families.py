@@ -233,8 +233,10 @@ class Overflowing:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         pieces = [
-            (row["input_ids"][i : i + 2] + [0])[:2] for row in rows for i in range(0, len(row["input_ids"]), 2)
-        ]  # fmt: skip
+            [*row["input_ids"], 0][start : start + 2]
+            for row in rows
+            for start in range(0, len(row["input_ids"]), 2)
+        ]
         ids = torch.tensor(pieces)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, 0] % 2}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,9 @@ EXACT = {"nonprivate/loss", "nonprivate/gradient_norm", "nonprivate/clipped_frac
 
 
 @pytest.fixture
-def board(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def board(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
-    yield tmp_path / "board"
+    return tmp_path / "board"
 
 
 def scalars(folder: Path) -> dict[str, dict[int, float]]:
@@ -199,9 +198,9 @@ def test_the_users_arguments_are_not_edited(tmp_path: Path, options: dict[str, A
 def test_both_sets_of_arguments_come_from_one_command_line(tmp_path: Path) -> None:
     parser = HfArgumentParser((TrainingArguments, DPArguments))
     args, dp_args = parser.parse_args_into_dataclasses(
-        ["--output_dir", str(tmp_path), "--max_steps", "2", "--use_cpu", "True"]
-        + ["--report_to", "none", "--target_epsilon", "3", "--clipping_norm", "0.5"]
-        + ["--per_device_train_batch_size", "8", "--private_loss", "False", "--ledger", "continue"]
+        f"--output_dir {tmp_path} --max_steps 2 --use_cpu True --report_to none --target_epsilon 3 "
+        "--clipping_norm 0.5 --per_device_train_batch_size 8 --private_loss False "
+        "--ledger continue".split()
     )
     assert dp_args == DPArguments(
         target_epsilon=3.0, clipping_norm=0.5, private_loss=False, ledger="continue"
