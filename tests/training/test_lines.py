@@ -23,9 +23,7 @@ class GatheringTrainer(Trainer):
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         loss = super().compute_loss(model, inputs, *args, **kwargs)
-        self._metrics["train"]["exact_loss"].append(
-            float(loss if not isinstance(loss, tuple) else loss[0])
-        )
+        self._metrics["train"]["exact_loss"].append(loss.detach().item())
         return 3 * loss  # matches no vectorised loss, so this is called for every example
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
