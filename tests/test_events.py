@@ -1,0 +1,134 @@
+"""Events are plain frozen data that survive a trip through JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+import pytest
+
+from hf_dp.errors import ConfigurationError
+from hf_dp.events import (
+    EVENT_TYPES,
+    Composed,
+    Gaussian,
+    NeighboringRelation,
+    NonPrivate,
+    PoissonSampled,
+    PrivacyEvent,
+    SelfComposed,
+    from_json,
+    to_json,
+)
+
+NESTED = Composed(
+    (
+        SelfComposed(PoissonSampled(0.01, Gaussian(1.1)), 1000),
+        Composed((Gaussian(2), Composed(()))),
+        NonPrivate("fixed generator"),
+    )
+)
+ALL = [Gaussian(0.5), PoissonSampled(1.0, Gaussian(1)), SelfComposed(Gaussian(1), 3), NESTED]
+
+
+@pytest.mark.parametrize("event", ALL, ids=lambda event: type(event).__name__)
+def test_json_gives_the_same_event_back(event: PrivacyEvent) -> None:
+    written = json.dumps(to_json(event))
+    assert from_json(json.loads(written)) == event
+
+
+def test_every_type_is_in_the_table_and_survives_json() -> None:
+    kinds = {cls for cls in PrivacyEvent.__subclasses__() if cls.__module__ == "hf_dp.events"}
+    assert set(EVENT_TYPES.values()) == kinds
+    seen = {type(event) for event in (*ALL, *NESTED.events)}
+    assert seen == kinds
+
+
+def test_the_json_form_is_stable() -> None:
+    """Ledgers on disk hold it: changing it makes them unreadable."""
+    event = SelfComposed(PoissonSampled(0.01, Gaussian(1.1)), 7)
+    assert json.dumps(to_json(event)) == (
+        '{"type": "SelfComposed", "event": {"type": "PoissonSampled", "sampling_probability": 0.01, '
+        '"event": {"type": "Gaussian", "noise_multiplier": 1.1}}, "count": 7}'
+    )
+
+
+def test_events_are_frozen_equal_by_value_and_hashable() -> None:
+    event = PoissonSampled(0.1, Gaussian(1.0))
+    assert event == PoissonSampled(0.1, Gaussian(1.0))
+    assert len({event, PoissonSampled(0.1, Gaussian(1.0)), NESTED}) == 2
+    for kind in EVENT_TYPES.values():
+        assert kind.__dataclass_params__.frozen  # type: ignore[attr-defined]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        event.sampling_probability = 0.2  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("value", [0, -1, math.inf, math.nan, "1", None])
+def test_noise_must_be_positive(value: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"Gaussian\.noise_multiplier=.*> 0"):
+        Gaussian(value)
+
+
+@pytest.mark.parametrize("value", [0, 1.5, -0.1, math.nan, None])
+def test_a_sampling_probability_is_a_probability(value: Any) -> None:
+    with pytest.raises(
+        ConfigurationError, match=r"PoissonSampled\.sampling_probability=.*\(0, 1\]"
+    ):
+        PoissonSampled(value, Gaussian(1))
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, True])
+def test_releases_are_counted_in_whole_numbers(value: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"SelfComposed\.count=.*whole number > 0"):
+        SelfComposed(Gaussian(1), value)
+
+
+@pytest.mark.parametrize("data", [{"type": "Laplace", "scale": 1}, {"noise_multiplier": 1}, {}])
+def test_an_unknown_type_is_refused(data: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError, match=r"PrivacyEvent\.type=.*cannot be accounted for"):
+        from_json(data)
+    with pytest.raises(ConfigurationError, match=r"PrivacyEvent\.type="):
+        from_json({"type": "Composed", "events": [data]})
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"type": "Gaussian"},
+        {"type": "Gaussian", "noise_multiplier": 1, "sensitivity": 2},
+        {"type": "Gaussian", "sigma": 1},
+        {"type": "SelfComposed", "event": {"type": "Gaussian", "noise_multiplier": 1}},
+    ],
+)
+def test_an_unknown_or_missing_field_is_refused(data: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError, match=r"\.fields=.*may change the meaning"):
+        from_json(data)
+
+
+def test_a_field_with_a_default_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ledger written before a field was added stays readable."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Later(PrivacyEvent):
+        old: int
+        new: int = 5
+
+    monkeypatch.setattr("hf_dp.events.EVENT_TYPES", {"Later": Later})
+    assert from_json({"type": "Later", "old": 1}) == Later(1, 5)
+    assert from_json({"type": "Later", "old": 1, "new": 2}) == Later(1, 2)
+    with pytest.raises(ConfigurationError, match=r"Later\.fields="):
+        from_json({"type": "Later", "new": 2})
+
+
+def test_values_are_checked_on_the_way_in() -> None:
+    with pytest.raises(ConfigurationError, match=r"Gaussian\.noise_multiplier"):
+        from_json({"type": "Gaussian", "noise_multiplier": -1})
+
+
+def test_relations_have_the_names_of_dp_accounting() -> None:
+    from dp_accounting.privacy_accountant import NeighboringRelation as Theirs
+
+    for relation in NeighboringRelation:
+        assert hasattr(Theirs, relation.name)

@@ -1,0 +1,165 @@
+"""What a plan does and what is accounted for come from the same object."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import pytest
+from torch import Tensor
+
+from hf_dp.clipping import ClippingPolicy, FlatClipping, LossRelease
+from hf_dp.errors import ConfigurationError
+from hf_dp.events import (
+    Composed,
+    Gaussian,
+    NeighboringRelation,
+    PoissonSampled,
+    PrivacyEvent,
+    SelfComposed,
+    from_json,
+)
+from hf_dp.noise import GaussianNoise, NoiseMechanism
+from hf_dp.plan import PrivacyPlan
+from hf_dp.sampling import PoissonSampling
+
+
+@dataclasses.dataclass(frozen=True)
+class SumsOfParts(ClippingPolicy):
+    """A policy in another norm that releases something itself."""
+
+    bound: float = 2.0
+    norm: ClassVar[Any] = "l1"
+
+    @property
+    def sensitivity(self) -> float:
+        return self.bound
+
+    def weights(self, squared_norms: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return squared_norms
+
+    def scaled(self, factor: float) -> SumsOfParts:
+        return SumsOfParts(self.bound * factor)
+
+    def event(self) -> PrivacyEvent:
+        return Gaussian(9.0)
+
+
+class OtherNoise(NoiseMechanism):
+    norm: ClassVar[Any] = "l1"
+
+    def event(self) -> PrivacyEvent:
+        return Gaussian(5.0)
+
+    def release(self, *_: Any, **__: Any) -> Any: ...
+
+
+def plan(**changes: Any) -> PrivacyPlan:
+    parts: dict[str, Any] = {
+        "sampler": PoissonSampling(0.01),
+        "clipping": FlatClipping(0.5),
+        "noise": GaussianNoise(1.1),
+        "num_steps": 100,
+        "expected_batch_size": 64.0,
+    }
+    return PrivacyPlan(**{**parts, **changes})
+
+
+def test_the_event_is_that_of_the_parts() -> None:
+    assert plan().step_event == PoissonSampled(0.01, Gaussian(1.1))
+    assert plan().event() == SelfComposed(PoissonSampled(0.01, Gaussian(1.1)), 100)
+    assert plan().unit == "example"
+    assert plan().relation is NeighboringRelation.REPLACE_SPECIAL
+
+
+def test_a_change_of_any_part_is_a_change_of_the_event() -> None:
+    changed = [
+        plan(sampler=PoissonSampling(0.02)),
+        plan(noise=GaussianNoise(1.2)),
+        plan(num_steps=101),
+    ]
+    assert len({plan().event(), *(other.event() for other in changed)}) == 4
+
+
+def test_what_the_clipping_releases_itself_is_accounted_for_too() -> None:
+    mixed = plan(clipping=SumsOfParts(), noise=OtherNoise())
+    assert mixed.step_event == Composed((Gaussian(9.0), PoissonSampled(0.01, Gaussian(5.0))))
+
+
+def test_the_noise_can_be_chosen_and_nothing_else_changes() -> None:
+    chosen = plan().with_noise_multiplier(3.0)
+    assert chosen == plan(noise=GaussianNoise(3.0))
+
+
+def test_other_noise_cannot_be_chosen_by_its_size() -> None:
+    with pytest.raises(
+        ConfigurationError, match=r"PrivacyPlan\.noise='OtherNoise'.*target_epsilon"
+    ):
+        plan(clipping=SumsOfParts(), noise=OtherNoise()).with_noise_multiplier(3.0)
+
+
+def test_noise_for_another_norm_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"PrivacyPlan\.noise='OtherNoise'.*l2 norm"):
+        plan(noise=OtherNoise())
+    with pytest.raises(ConfigurationError, match=r"PrivacyPlan\.noise='GaussianNoise'.*l1 norm"):
+        plan(clipping=SumsOfParts())
+
+
+def test_a_loss_may_only_share_a_sensitivity_in_the_l2_norm() -> None:
+    assert plan(loss_release=LossRelease()).loss_release == LossRelease()
+    with pytest.raises(ConfigurationError, match=r"PrivacyPlan\.loss_release='LossRelease'.*l1"):
+        plan(clipping=SumsOfParts(), noise=OtherNoise(), loss_release=LossRelease())
+
+
+@pytest.mark.parametrize("value", [0, -5, 1.5, None])
+def test_the_number_of_steps_is_fixed_in_advance(value: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"PrivacyPlan\.num_steps=.*whole number > 0"):
+        plan(num_steps=value)
+
+
+@pytest.mark.parametrize("value", [0, -5.0, math.inf, math.nan, None])
+def test_the_divisor_is_a_positive_constant(value: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"PrivacyPlan\.expected_batch_size=.*> 0"):
+        plan(expected_batch_size=value)
+
+
+def test_a_plan_is_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        plan().num_steps = 5  # type: ignore[misc]
+
+
+def test_the_description_is_plain_json_that_tells_plans_apart() -> None:
+    described = plan(loss_release=LossRelease()).describe()
+    assert json.loads(json.dumps(described)) == described
+    assert described["sampler"] == {
+        "type": "hf_dp.sampling.poisson.PoissonSampling",
+        "sampling_probability": 0.01,
+    }
+    assert described["clipping"] == {
+        "type": "hf_dp.clipping.flat.FlatClipping",
+        "clipping_norm": 0.5,
+    }
+    assert described["noise"]["noise_multiplier"] == 1.1
+    assert described["loss_release"]["share"] == 0.1
+    assert (described["num_steps"], described["expected_batch_size"]) == (100, 64.0)
+    assert (described["unit"], described["relation"]) == ("example", "replace_special")
+    assert described["sensitivity"] == 0.5
+    assert from_json(described["step_event"]) == plan().step_event
+    for change in (
+        {"sampler": PoissonSampling(0.02)},
+        {"clipping": FlatClipping(0.6)},
+        {"noise": GaussianNoise(1.2)},
+        {"num_steps": 101},
+        {"expected_batch_size": 65.0},
+        {"loss_release": None},
+    ):
+        assert plan(**{"loss_release": LossRelease(), **change}).describe() != described
+
+
+def test_parts_that_are_no_dataclasses_are_described_by_name() -> None:
+    described = plan(clipping=SumsOfParts(), noise=OtherNoise()).describe()
+    assert described["noise"].endswith(".OtherNoise")
+    json.dumps(described)
