@@ -148,7 +148,7 @@ class OneDrawPerRow(SecretCoins):
 
 class Clipped(SecretCoins):
     def normal_like(self, tensor: Tensor) -> Tensor:
-        return super().normal_like(tensor).clamp(-2.5, 2.5)
+        return super().normal_like(tensor).clamp(-2.0, 2.0)
 
 
 @pytest.mark.statistical
