@@ -15,7 +15,7 @@ def privacy_section(report: PrivacyReport) -> str:
         else "**No proven bound.**"
     )
     if not report.is_private:
-        headline = f"**NOT PRIVATE** ({report.header.get('coins')})."
+        headline = f"**NOT PRIVATE** ({report.why_not_private})."
     rows = {
         "Neighbouring data sets": report.neighbors,
         **{name.capitalize(): f"`{text}`" for name, text in report.parts().items()},

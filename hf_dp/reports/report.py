@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -75,8 +76,18 @@ class PrivacyReport:
 
     @property
     def is_private(self) -> bool:
-        """Whether the randomness was secret; a run on a test's generator is not private."""
-        return bool(self.header.get("coins") == "operating system")
+        """Whether the randomness was secret and every release has a guarantee."""
+        return self.why_not_private is None
+
+    @property
+    def why_not_private(self) -> str | None:
+        """What voids the claim: a test's generator, or a release without any guarantee."""
+        coins = self.header.get("coins")
+        if coins != "operating system":
+            return str(coins or "where the randomness came from is not recorded")
+        if not math.isfinite(self.guarantee.epsilon):
+            return "a release without any guarantee"
+        return None
 
     @property
     def neighbors(self) -> str:
@@ -108,9 +119,9 @@ class PrivacyReport:
         return found
 
     def to_json(self) -> dict[str, Any]:
-        """The report as one JSON object."""
+        """The report as one strict JSON object; an infinite epsilon is null."""
         return {
-            "epsilon": self.guarantee.epsilon,
+            "epsilon": self.guarantee.epsilon if math.isfinite(self.guarantee.epsilon) else None,
             "delta": self.guarantee.delta,
             "is_upper_bound": self.guarantee.is_upper_bound,
             "is_private": self.is_private,
@@ -145,7 +156,7 @@ class PrivacyReport:
             *(f"note: {caveat}" for caveat in self.caveats()),
         ]
         if not self.is_private:
-            lines.insert(0, f"NOT PRIVATE ({self.header.get('coins')})")
+            lines.insert(0, f"NOT PRIVATE ({self.why_not_private})")
         return "\n".join(lines)
 
 
