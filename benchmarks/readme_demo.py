@@ -44,7 +44,7 @@ def with_output(readme: str, output: str) -> str:
         raise ValueError(f"README.md: expected one {BEGIN} and one {END}.")
     before, _, rest = readme.partition(BEGIN)
     _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n```console\n$ {COMMAND}\n{output}\n```\n{END}{after}"
+    return f"{before}{BEGIN}\n```text\n$ {COMMAND}\n{output}\n```\n{END}{after}"
 
 
 def demo_output() -> str:

@@ -19,7 +19,7 @@ def test_empty_lines_inside_stay() -> None:
 def test_output_replaces_what_stood_between_the_markers() -> None:
     readme = f"# Title\n{BEGIN}\nold\n{END}\nrest\n"
     once = with_output(readme, "new")
-    assert once == f"# Title\n{BEGIN}\n```console\n$ hf-dp demo\nnew\n```\n{END}\nrest\n"
+    assert once == f"# Title\n{BEGIN}\n```text\n$ hf-dp demo\nnew\n```\n{END}\nrest\n"
     assert with_output(once, "new") == once
 
 
