@@ -6,6 +6,7 @@ privacy there are too few steps to make up for it.
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -87,15 +88,16 @@ def load_classifier(encoder: Path) -> MeanPooledForSequenceClassification:
 
 def with_lora(model: MeanPooledForSequenceClassification) -> PeftModel:
     """The classifier with rank-8 LoRA on its two last layers: 111,362 trainable parameters."""
-    return get_peft_model(
-        model,
-        LoraConfig(
-            r=8,
-            lora_alpha=16,
-            lora_dropout=0.0,
-            target_modules=["query", "key", "value", "dense"],
-            layers_to_transform=[4, 5],
-            layers_pattern="layer",
-            modules_to_save=["classifier"],
-        ),
+    config = LoraConfig(
+        r=8,
+        lora_alpha=16,
+        lora_dropout=0.0,
+        target_modules=["query", "key", "value", "dense"],
+        layers_to_transform=[4, 5],
+        layers_pattern="layer",
+        modules_to_save=["classifier"],
     )
+    with warnings.catch_warnings():
+        # peft 0.21 reads a property of the model by its old name; nothing for a user to do
+        warnings.filterwarnings("ignore", ".is_gradient_checkpointing", FutureWarning)
+        return get_peft_model(model, config)
