@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
 
 from hf_dp import DPArguments, DPTrainer
+from hf_dp.coins import FixedCoins
+from hf_dp.errors import ConfigurationError
+from hf_dp.ledger import LEDGER_NAME
 
 NUM_EXAMPLES = 40
 VOCABULARY = 50
@@ -112,3 +117,32 @@ def train_lines(trainer: DPTrainer) -> list[dict[str, Any]]:
         for line in trainer.state.log_history
         if "epsilon" in line and "train_runtime" not in line
     ]
+
+
+def weights(model: nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+
+
+def fixed(seed: int = 0) -> FixedCoins:
+    return FixedCoins(torch.Generator().manual_seed(seed))
+
+
+def learns(trainer: DPTrainer, *, steps: int = 6) -> None:
+    """Train, and see that every trainable coordinate moved, as noise moves it, and no other."""
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    assert trainer.state.global_step == steps
+    for name, p in trainer.model.named_parameters():
+        moved = (p.detach() != before[name]).float().mean()
+        assert moved > 0.9 if p.requires_grad else moved == 0, name
+
+
+def refused(output_dir: Path, match: str, make: Callable[[], Any]) -> str:
+    """The message of the refusal; the making alone must refuse, and nothing may be left behind."""
+    with pytest.raises(ConfigurationError, match=match) as caught:
+        make().train()
+    assert not (output_dir / LEDGER_NAME).exists()
+    message = str(caught.value)
+    assert "=" in message
+    assert ": expected " in message
+    return message

@@ -5,34 +5,20 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers as tf
-from runs import Sentences, collate, host_arguments, tiny_bert, train_lines, trainer_for
-from torch import nn
+from runs import Sentences, host_arguments, refused, tiny_bert, train_lines, trainer_for
 
 from hf_dp import DPArguments, DPTrainer, PrivacyPlan
 from hf_dp.clipping import FlatClipping, LossRelease
 from hf_dp.errors import ConfigurationError
-from hf_dp.ledger import LEDGER_NAME
 from hf_dp.noise import GaussianNoise
 from hf_dp.sampling import PoissonSampling
 from hf_dp.training.refusals import refuse_options
-
-
-def refused(output_dir: Path, match: str, make: Callable[[], Any]) -> str:
-    """The message of the refusal; the making alone must refuse, and nothing may be left behind."""
-    with pytest.raises(ConfigurationError, match=match) as caught:
-        make().train()
-    assert not (output_dir / LEDGER_NAME).exists()
-    message = str(caught.value)
-    assert "=" in message
-    assert ": expected " in message
-    return message
 
 
 @pytest.mark.parametrize(
@@ -146,114 +132,6 @@ def test_a_prepared_accelerator_is_looked_at(options: dict[str, Any], name: str)
     refuse_launcher(WithScaler())
     with pytest.raises(ConfigurationError, match=name):
         refuse_launcher(WithScaler(**options))
-
-
-def with_batch_norm() -> nn.Module:
-    model = tiny_bert()
-    model.dropout = nn.Sequential(nn.BatchNorm1d(16))
-    return model
-
-
-def with_router_loss() -> nn.Module:
-    model = tiny_bert()
-    model.config.output_router_logits = True
-    return model
-
-
-def contrastive() -> nn.Module:
-    text = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2} | {
-        "intermediate_size": 8,
-        "vocab_size": 50,
-        "projection_dim": 4,
-    }
-    vision = {**text, "image_size": 4, "patch_size": 2}
-    return tf.CLIPModel(tf.CLIPConfig(text_config=text, vision_config=vision, projection_dim=4))
-
-
-@pytest.mark.parametrize(
-    ("model", "match"),
-    [
-        (with_batch_norm, "BatchNorm1d.*GroupNorm"),
-        (with_router_loss, "output_router_logits"),
-        (contrastive, "model_type='clip'"),
-    ],
-)
-def test_models_whose_examples_influence_one_another(
-    tmp_path: Path, model: Callable[[], nn.Module], match: str
-) -> None:
-    refused(tmp_path, match, lambda: trainer_for(tmp_path, model=model()))
-
-
-def test_a_model_that_trains_nothing(tmp_path: Path) -> None:
-    model = tiny_bert().requires_grad_(False)
-    refused(tmp_path, "requires_grad", lambda: trainer_for(tmp_path, model=model))
-
-
-def test_flattening_collators(tmp_path: Path) -> None:
-    flattening = tf.DataCollatorWithFlattening()
-    refused(
-        tmp_path,
-        "DataCollatorWithFlattening.*one row per example",
-        lambda: trainer_for(tmp_path, data_collator=flattening),
-    )
-
-    class PaddingFree:
-        padding_free = True
-
-    refused(tmp_path, "PaddingFree", lambda: trainer_for(tmp_path, data_collator=PaddingFree()))
-
-
-class Stream(torch.utils.data.IterableDataset[dict[str, Any]]):
-    def __iter__(self) -> Any:
-        yield from Sentences()
-
-
-class SizedStream(Stream):
-    def __len__(self) -> int:
-        return 40
-
-
-class WithoutLength(torch.utils.data.Dataset[dict[str, Any]]):
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return Sentences()[index]
-
-
-@pytest.mark.parametrize(
-    ("data", "match"),
-    [
-        (Stream(), "train_dataset='Stream'.*a dataset with a length"),
-        (SizedStream(), "train_dataset='SizedStream'"),
-        (WithoutLength(), "train_dataset='WithoutLength'"),
-        ([], "train_dataset='empty'"),
-    ],
-)
-def test_data_that_cannot_be_sampled(tmp_path: Path, data: Any, match: str) -> None:
-    refused(tmp_path, match, lambda: trainer_for(tmp_path, train_dataset=data))
-
-
-def test_training_without_data(tmp_path: Path) -> None:
-    trainer = trainer_for(tmp_path, train_dataset=None)
-    refused(tmp_path, "train_dataset=None", lambda: trainer)
-
-
-def test_evaluating_on_the_training_data(tmp_path: Path) -> None:
-    data = Sentences()
-    for evaluated in (data, {"held out": Sentences(), "all": data}):
-        options: dict[str, Any] = {"train_dataset": data, "eval_dataset": evaluated}
-        refused(
-            tmp_path, "eval_dataset='the training", lambda o=options: trainer_for(tmp_path, **o)
-        )
-    trainer = trainer_for(tmp_path, train_dataset=data)
-    for evaluated in (data, {"a": data}):
-        with pytest.raises(ConfigurationError, match="held out"):
-            trainer.evaluate(evaluated)
-    trainer.eval_dataset = data
-    refused(tmp_path, "eval_dataset", lambda: trainer)
-
-    asked = trainer_for(
-        tmp_path, train_dataset=data, eval_dataset=data, dp={"nonprivate_metrics": True}
-    )
-    assert asked.evaluate()["eval_loss"] > 0
 
 
 @pytest.mark.parametrize("given", [None, {"target_epsilon": 3.0}, 3.0])
@@ -409,13 +287,3 @@ def test_two_real_processes_are_refused_by_name(tmp_path: Path) -> None:
         assert process.returncode == 17, err
         assert "TrainingArguments.world_size=2: expected one process" in out
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_collators_own_name_is_said(tmp_path: Path) -> None:
-    class Halves:
-        def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-            return {name: value[::2] for name, value in collate(rows).items()}
-
-    trainer = trainer_for(tmp_path, data_collator=Halves(), dp={"expected_batch_size": 40})
-    with pytest.raises(ConfigurationError, match="data_collator='Halves'"):
-        trainer.train()

@@ -1,0 +1,133 @@
+"""Models and data with which no guarantee would hold are refused by name, before training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from runs import Sentences, collate, refused, tiny_bert, trainer_for
+from torch import nn
+
+from hf_dp.errors import ConfigurationError
+
+
+def with_batch_norm() -> nn.Module:
+    model = tiny_bert()
+    model.dropout = nn.Sequential(nn.BatchNorm1d(16))
+    return model
+
+
+def with_router_loss() -> nn.Module:
+    model = tiny_bert()
+    model.config.output_router_logits = True
+    return model
+
+
+def contrastive() -> nn.Module:
+    text = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2} | {
+        "intermediate_size": 8,
+        "vocab_size": 50,
+        "projection_dim": 4,
+    }
+    vision = {**text, "image_size": 4, "patch_size": 2}
+    return tf.CLIPModel(tf.CLIPConfig(text_config=text, vision_config=vision, projection_dim=4))
+
+
+@pytest.mark.parametrize(
+    ("model", "match"),
+    [
+        (with_batch_norm, "BatchNorm1d.*GroupNorm"),
+        (with_router_loss, "output_router_logits"),
+        (contrastive, "model_type='clip'"),
+    ],
+)
+def test_models_whose_examples_influence_one_another(
+    tmp_path: Path, model: Callable[[], nn.Module], match: str
+) -> None:
+    refused(tmp_path, match, lambda: trainer_for(tmp_path, model=model()))
+
+
+def test_a_model_that_trains_nothing(tmp_path: Path) -> None:
+    model = tiny_bert().requires_grad_(False)
+    refused(tmp_path, "requires_grad", lambda: trainer_for(tmp_path, model=model))
+
+
+def test_flattening_collators(tmp_path: Path) -> None:
+    flattening = tf.DataCollatorWithFlattening()
+    refused(
+        tmp_path,
+        "DataCollatorWithFlattening.*one row per example",
+        lambda: trainer_for(tmp_path, data_collator=flattening),
+    )
+
+    class PaddingFree:
+        padding_free = True
+
+    refused(tmp_path, "PaddingFree", lambda: trainer_for(tmp_path, data_collator=PaddingFree()))
+
+
+class Stream(torch.utils.data.IterableDataset[dict[str, Any]]):
+    def __iter__(self) -> Any:
+        yield from Sentences()
+
+
+class SizedStream(Stream):
+    def __len__(self) -> int:
+        return 40
+
+
+class WithoutLength(torch.utils.data.Dataset[dict[str, Any]]):
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return Sentences()[index]
+
+
+@pytest.mark.parametrize(
+    ("data", "match"),
+    [
+        (Stream(), "train_dataset='Stream'.*a dataset with a length"),
+        (SizedStream(), "train_dataset='SizedStream'"),
+        (WithoutLength(), "train_dataset='WithoutLength'"),
+        ([], "train_dataset='empty'"),
+    ],
+)
+def test_data_that_cannot_be_sampled(tmp_path: Path, data: Any, match: str) -> None:
+    refused(tmp_path, match, lambda: trainer_for(tmp_path, train_dataset=data))
+
+
+def test_training_without_data(tmp_path: Path) -> None:
+    trainer = trainer_for(tmp_path, train_dataset=None)
+    refused(tmp_path, "train_dataset=None", lambda: trainer)
+
+
+def test_evaluating_on_the_training_data(tmp_path: Path) -> None:
+    data = Sentences()
+    for evaluated in (data, {"held out": Sentences(), "all": data}):
+        options: dict[str, Any] = {"train_dataset": data, "eval_dataset": evaluated}
+        refused(
+            tmp_path, "eval_dataset='the training", lambda o=options: trainer_for(tmp_path, **o)
+        )
+    trainer = trainer_for(tmp_path, train_dataset=data)
+    for evaluated in (data, {"a": data}):
+        with pytest.raises(ConfigurationError, match="held out"):
+            trainer.evaluate(evaluated)
+    trainer.eval_dataset = data
+    refused(tmp_path, "eval_dataset", lambda: trainer)
+
+    asked = trainer_for(
+        tmp_path, train_dataset=data, eval_dataset=data, dp={"nonprivate_metrics": True}
+    )
+    assert asked.evaluate()["eval_loss"] > 0
+
+
+def test_the_collators_own_name_is_said(tmp_path: Path) -> None:
+    class Halves:
+        def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+            return {name: value[::2] for name, value in collate(rows).items()}
+
+    trainer = trainer_for(tmp_path, data_collator=Halves(), dp={"expected_batch_size": 40})
+    with pytest.raises(ConfigurationError, match="data_collator='Halves'"):
+        trainer.train()
