@@ -303,10 +303,11 @@ class Accountant(ABC):
         self, event: PrivacyEvent | Iterable[PrivacyEvent], relation: NeighboringRelation
     ) -> dict[PrivacyEvent, int]:
         owner = type(self).__name__
-        one_of(f"{owner}.relation", relation, NeighboringRelation, "It is a claim about datasets.")
+        known = [str(one) for one in NeighboringRelation]
+        one_of(f"{owner}.relation", relation, known, "It is a claim about datasets.")
         leaves = flatten(event)
         if relation not in self.relations:
-            expected = f"one of {sorted(self.relations)}"
+            expected = f"one of {sorted(map(str, self.relations))}"
             why = "Its sensitivity is not the one that this accountant's proof is about."
             raise UnsupportedEventError(
                 explain(

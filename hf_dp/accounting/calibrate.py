@@ -42,7 +42,7 @@ def smallest_noise(
         "Use a number between 0.1 and 10.",
     )
     start, slope = _search(quick, target_epsilon)
-    noise = _rounded_up(start)
+    noise = _rounded(start)
     failing, passing = 0.0, math.inf
     for _ in range(_MAX_CERTIFICATES):
         epsilon = certified(noise)
@@ -53,7 +53,7 @@ def smallest_noise(
         if passing <= LEAST_NOISE or _neighbour(passing, -1) <= failing:
             return passing
         guess = noise * (target_epsilon / max(epsilon, 1e-6 * target_epsilon)) ** (1 / slope)
-        noise = _rounded_up(max(guess, LEAST_NOISE))
+        noise = _rounded(max(guess, LEAST_NOISE))
         noise = max(min(noise, _neighbour(passing, -1)), _neighbour(failing, +1))
     if math.isinf(passing):
         raise _out_of_reach(target_epsilon)
@@ -104,11 +104,9 @@ def _out_of_reach(target: float) -> ConfigurationError:
     )
 
 
-def _rounded_up(number: float) -> float:
-    """The next number of five significant digits, or `number` itself if it has no more."""
-    places = _DIGITS - 1 - math.floor(math.log10(number))
-    rounded = round(number, places)
-    return rounded if rounded >= number else _neighbour(rounded, +1)
+def _rounded(number: float) -> float:
+    """The nearest number of five significant digits."""
+    return round(number, _DIGITS - 1 - math.floor(math.log10(number)))
 
 
 def _neighbour(number: float, steps: int) -> float:

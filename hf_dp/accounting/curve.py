@@ -41,8 +41,7 @@ class EpsilonCurve:
         """
         self.num_steps = num_steps
         self._bounds = bounds
-        values = np.minimum(bounds(1, num_steps), final_epsilon)
-        values[-1] = final_epsilon
+        values = np.append(bounds(1, num_steps)[:-1], final_epsilon)
         self._values = np.concatenate(([0.0], _nondecreasing(values)))
 
     def epsilon(self, num_releases: int) -> float:

@@ -1,0 +1,33 @@
+"""The program ``hf-dp``: subcommands, and what becomes of an error."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from hf_dp.cli.demo import demo
+from hf_dp.cli.epsilon import epsilon
+from hf_dp.cli.noise import noise
+from hf_dp.cli.report import report
+from hf_dp.errors import HfDpError
+
+app = typer.Typer(
+    name="hf-dp",
+    help="Differentially private fine-tuning with the Hugging Face Trainer.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+for command in (epsilon, noise, report, demo):
+    app.command()(command)
+
+
+def main() -> None:
+    """Run the program; an error of hf_dp is a sentence on stderr and exit code 2."""
+    try:
+        app()
+    except HfDpError as error:
+        typer.echo(f"Error: {error}", err=True)
+        sys.exit(2)

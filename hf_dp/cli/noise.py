@@ -1,0 +1,33 @@
+"""``hf-dp noise``: how much noise a target takes."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from hf_dp.cli.options import AccountantName, AsJson, Delta, NumSteps, SamplingProbability
+
+
+def noise(
+    *,
+    sampling_probability: SamplingProbability,
+    num_steps: NumSteps,
+    delta: Delta,
+    target_epsilon: Annotated[float, typer.Option(help="The most to spend, > 0.")],
+    accountant: AccountantName = "pld",
+    as_json: AsJson = False,
+) -> None:
+    """Print the smallest noise multiplier that keeps epsilon within a target."""
+    from hf_dp.accounting import accountant_named
+    from hf_dp.cli.answer import show
+    from hf_dp.cli.run import PoissonRun
+
+    chosen = accountant_named(accountant)
+    run = chosen.calibrate(
+        PoissonRun(sampling_probability, num_steps),
+        target_epsilon=target_epsilon,
+        target_delta=delta,
+    )
+    guarantee = chosen.guarantee(run.event(), delta=delta, unit=run.unit, relation=run.relation)
+    show(run, guarantee, as_json=as_json)

@@ -1,0 +1,29 @@
+"""Options that several subcommands share, each with its one wording."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+SamplingProbability = Annotated[
+    float,
+    typer.Option(
+        help="Chance that an example is in a batch, in (0, 1]: "
+        "expected batch size / number of examples."
+    ),
+]
+NoiseMultiplier = Annotated[
+    float, typer.Option(help="Standard deviation of the noise / clipping norm, > 0.")
+]
+NumSteps = Annotated[int, typer.Option(help="Optimizer steps, > 0; each is a release.")]
+Delta = Annotated[
+    float,
+    typer.Option(
+        help="Chance with which epsilon may fail to hold; less than 1 / number of examples."
+    ),
+]
+AccountantName = Annotated[
+    str, typer.Option(help="Who computes epsilon: 'pld' (tight) or 'rdp' (looser, for any delta).")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
