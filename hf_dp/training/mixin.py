@@ -22,7 +22,7 @@ from hf_dp.accounting.base import Accountant
 from hf_dp.coins import Coins, SecretCoins
 from hf_dp.engines import ExampleLoss, SequentialEngine, engine_named
 from hf_dp.engines.base import trainable_parameters
-from hf_dp.errors import ConfigurationError, PrivacyError, explain
+from hf_dp.errors import ConfigurationError, PrivacyError
 from hf_dp.layers import DEFAULT_LAYER_RULES, LayerRules
 from hf_dp.ledger import LEDGER_NAME
 from hf_dp.plan import PrivacyPlan
@@ -138,12 +138,6 @@ class DPTrainerMixin(_Host):
 
     def _make_claim(self) -> Claim:
         """Plan and curve, made anew when the arguments or the data changed."""
-        if self.train_dataset is None:
-            raise ConfigurationError(
-                explain(
-                    "train_dataset", None, "a dataset", "There is nothing to train on.", "Pass one."
-                )
-            )
         size = refuse_dataset(self.train_dataset)
         self._refuse_evaluation(self.eval_dataset)
         when = schedule(
@@ -191,6 +185,8 @@ class DPTrainerMixin(_Host):
         """Logical batches, drawn by the plan's sampler, with the host's dataset and collator."""
         claim = self._make_claim()
         assert self._schedule is not None
+        if self._spending is not None:
+            self._spending.require(claim)
         sampler = LogicalBatchSampler(
             claim.plan.sampler, claim.num_examples, self._schedule.steps_per_epoch, self.coins
         )

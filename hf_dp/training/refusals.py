@@ -286,8 +286,12 @@ def refuse_dataset(dataset: Any) -> int:
     """Check the training data and return its number of examples.
 
     Raises:
-        ConfigurationError: It has no length, or is empty.
+        ConfigurationError: There is none, it has no length, or it is empty.
     """
+    if dataset is None:
+        raise _coupled(
+            "train_dataset", None, "a dataset", "There is nothing to train on.", "Pass one."
+        )
     try:
         if isinstance(dataset, IterableDataset):
             raise TypeError

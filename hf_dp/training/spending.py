@@ -14,7 +14,13 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from hf_dp.accounting.base import Accountant
 from hf_dp.accounting.curve import EpsilonCurve
 from hf_dp.coins import Coins
-from hf_dp.errors import BudgetExhaustedError, ConfigurationError, LedgerMismatchError, explain
+from hf_dp.errors import (
+    BudgetExhaustedError,
+    ConfigurationError,
+    LedgerMismatchError,
+    PrivacyError,
+    explain,
+)
 from hf_dp.events import PrivacyEvent
 from hf_dp.ledger import LEDGER_NAME, Ledger, merge_ledgers, read_ledger
 from hf_dp.plan import PrivacyPlan
@@ -156,6 +162,19 @@ class Spending:
         return (
             target is not None and self.claim.curve.epsilon(self.ledger.num_releases + 1) > target
         )
+
+    def require(self, claim: Claim) -> None:
+        """Refuse to go on under another claim than the one the ledger was opened for.
+
+        Raises:
+            PrivacyError: The arguments or the data changed since train() began.
+        """
+        if self._open and claim is not self.claim:
+            raise PrivacyError(
+                "DPTrainer.args: expected the arguments and the data with which train() began. Another "
+                "batch size, number of steps or data set would be drawn than is accounted for. "
+                "Change them before train()."
+            )
 
     def record(self, event: PrivacyEvent, *, step: int) -> None:
         """Write one release down, durably, before it is made.

@@ -377,3 +377,17 @@ def test_padding_without_a_mask_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="attention_mask"):
         trainer_for(tmp_path, data_collator=unmasked).train()
     assert read_ledger(tmp_path / LEDGER_NAME).num_releases == 0
+
+
+def test_data_that_changes_after_train_began_is_refused(tmp_path: Path) -> None:
+    """A model_init that swaps the data would draw from another population than the ledger's."""
+    trainer = trainer_for(tmp_path, model_init=lambda: tiny_bert())
+
+    def swap() -> Any:
+        trainer.train_dataset = Sentences(20)
+        return tiny_bert()
+
+    trainer.model_init = swap
+    with pytest.raises(PrivacyError, match="with which train"):
+        trainer.train()
+    assert read_ledger(tmp_path / LEDGER_NAME).num_releases == 0
