@@ -134,7 +134,7 @@ def test_calibrated_noise_gives_a_curve_within_the_target(accountant: Accountant
 def test_targets_out_of_reach_are_refused(accountant: Accountant) -> None:
     fixed_cost = Run(also=(PoissonSampled(0.01, Gaussian(0.5)),))
     exact = Run(also=(NonPrivate("the exact loss"),))
-    for run, target in ((fixed_cost, 1.0), (exact, 1e3), (Run(0.5, 10**4), 1e-7)):
+    for run, target in ((fixed_cost, 1.0), (exact, 1e3)):
         with pytest.raises(ConfigurationError, match=r"target_epsilon=.*larger epsilon"):
             accountant.calibrate(run, target_epsilon=target, target_delta=1e-9)
 
