@@ -139,7 +139,7 @@ class DPTrainerMixin(_Host):
     def _make_claim(self) -> Claim:
         """Plan and curve, made anew when the arguments or the data changed."""
         size = refuse_dataset(self.train_dataset)
-        self._refuse_evaluation(self.eval_dataset)
+        refuse_evaluation(self.train_dataset, self.eval_dataset, self.dp_args.nonprivate_metrics)
         when = schedule(
             self.args,
             self.dp_args,
@@ -312,13 +312,10 @@ class DPTrainerMixin(_Host):
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The host's evaluation; refused on the training data, whose metrics would be exact."""
-        self._refuse_evaluation(eval_dataset)
+        evaluated = self.eval_dataset if eval_dataset is None else eval_dataset
+        refuse_evaluation(self.train_dataset, evaluated, self.dp_args.nonprivate_metrics)
         metrics: dict[str, float] = super().evaluate(eval_dataset, *args, **kwargs)
         return metrics
-
-    def _refuse_evaluation(self, on: Any) -> None:
-        if not self.dp_args.nonprivate_metrics:
-            refuse_evaluation(self.train_dataset, on)
 
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:
         """The expected logical batch, rounded, for the host's messages and throughput."""

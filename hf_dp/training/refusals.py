@@ -315,18 +315,21 @@ def refuse_dataset(dataset: Any) -> int:
     return size
 
 
-def refuse_evaluation(train_dataset: Any, evaluated: Any) -> None:
+def refuse_evaluation(train_dataset: Any, evaluated: Any, nonprivate_metrics: bool) -> None:
     """Refuse to evaluate on the training data.
 
     Args:
         train_dataset: What is protected.
         evaluated: A dataset, a dict of them, or None.
+        nonprivate_metrics: Whether exact metrics were asked for; then nothing is refused.
 
     Raises:
         ConfigurationError: One of them is the training dataset.
     """
     others = evaluated.values() if isinstance(evaluated, dict) else [evaluated]
-    if train_dataset is not None and any(train_dataset is other for other in others):
+    if nonprivate_metrics or train_dataset is None:
+        return
+    if any(train_dataset is other for other in others):
         raise _coupled(
             "eval_dataset",
             "the training dataset",

@@ -266,12 +266,22 @@ def _remove_empty(path: Path) -> None:
 def _refuse_copies(output_dir: Path, run_id: str | None) -> None:
     """Refuse an output directory with checkpoints of another run, which this one would overwrite."""
     for copy in sorted(output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{LEDGER_NAME}")):
-        if read_ledger(copy).run_id != run_id:
+        if _run_of(copy) != run_id:
             raise _left_behind(output_dir, copy)
 
 
+def _run_of(path: Path) -> str | None:
+    """The run that a ledger's first line names; None where it is damaged, and so nobody's."""
+    with path.open("rb") as file:
+        first = file.readline()
+    try:
+        return str(json.loads(first)["run_id"])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
 def _refuse_other_run(path: Path, run_id: str) -> None:
-    if path.exists() and read_ledger(path).run_id != run_id:
+    if path.exists() and _run_of(path) != run_id:
         raise LedgerMismatchError(
             explain(
                 "output_dir",

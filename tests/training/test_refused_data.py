@@ -12,7 +12,8 @@ import transformers as tf
 from runs import Sentences, collate, refused, tiny_bert, trainer_for
 from torch import nn
 
-from hf_dp.errors import ConfigurationError
+from hf_dp.errors import ConfigurationError, PrivacyError
+from hf_dp.ledger import LEDGER_NAME, read_ledger
 
 
 def with_batch_norm() -> nn.Module:
@@ -115,6 +116,8 @@ def test_evaluating_on_the_training_data(tmp_path: Path) -> None:
         with pytest.raises(ConfigurationError, match="held out"):
             trainer.evaluate(evaluated)
     trainer.eval_dataset = data
+    with pytest.raises(ConfigurationError, match="held out"):
+        trainer.evaluate()
     refused(tmp_path, "eval_dataset", lambda: trainer)
 
     asked = trainer_for(
@@ -131,3 +134,68 @@ def test_the_collators_own_name_is_said(tmp_path: Path) -> None:
     trainer = trainer_for(tmp_path, data_collator=Halves(), dp={"expected_batch_size": 40})
     with pytest.raises(ConfigurationError, match="data_collator='Halves'"):
         trainer.train()
+
+
+class Running(nn.Module):
+    """Keeps a mean of what passes through, written in place or put there anew."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.in_place = in_place
+        self.register_buffer("mean", torch.zeros(16), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        new = 0.9 * self.mean + 0.1 * x.detach().flatten(0, -2).mean(0)
+        if self.in_place:
+            self.mean.copy_(new)
+        else:
+            self.mean = new
+        return x
+
+
+class Instance(nn.Module):
+    """Normalises each example alone, but also remembers the mean of all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.InstanceNorm1d(1, track_running_stats=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(x[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("engine", ["book_keeping", "sequential"])
+@pytest.mark.parametrize("layer", [Running(True), Running(False), Instance()], ids=str)
+def test_statistics_of_private_examples_are_not_kept(
+    tmp_path: Path, layer: nn.Module, engine: str
+) -> None:
+    """They would enter every later gradient and the saved model, without noise."""
+    model = tiny_bert()
+    model.dropout = layer
+    trainer = trainer_for(tmp_path, model=model, dp={"engine": engine, "expected_batch_size": 40})
+    before = model.classifier.weight.detach().clone()
+    with pytest.raises(PrivacyError, match=r"model\.dropout\..*statistics of private examples"):
+        trainer.train()
+    assert read_ledger(tmp_path / LEDGER_NAME).num_releases == 0
+    assert torch.equal(model.classifier.weight, before)
+
+
+class Table(nn.Module):
+    """Puts constants into its buffers in each pass, as rotary embeddings do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("constant", torch.ones(16), persistent=False)
+        self.register_buffer("grown", torch.arange(1), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.register_buffer("constant", torch.ones(16), persistent=False)
+        self.register_buffer("grown", torch.arange(len(self.grown) + 1), persistent=False)
+        return x * self.constant
+
+
+def test_constants_may_be_put_into_buffers_anew(tmp_path: Path) -> None:
+    model = tiny_bert()
+    model.dropout = Table()
+    trainer_for(tmp_path, model=model).train()
+    assert read_ledger(tmp_path / LEDGER_NAME).num_releases == 6
