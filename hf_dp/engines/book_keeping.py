@@ -180,9 +180,8 @@ def _add_weighted(
     for name, factor in factors.items():
         together = factor.without(elsewhere) if clean else factor
         share = together.weighted_sum(weights[name])
-        if (
-            share.shape != summed[name].shape
-        ):  # copying would repeat it, and its norm would not hold
+        # copying another shape would repeat it, and its norm would not hold
+        if share.shape != summed[name].shape:
             raise UncoveredParameterError(
                 f"the layer rule for parameter {name!r} gave gradients of shape {tuple(share.shape)}: "
                 f"expected {tuple(summed[name].shape)}. Its norms are not those of the gradient. Mend "

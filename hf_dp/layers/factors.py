@@ -181,7 +181,7 @@ class OneHot(Factor):
 
     def __init__(self, ids: Tensor, rows: Tensor, num_rows: int) -> None:
         """Hold ids ``(B, T)``, rows ``(B, T, d)`` and the table's number of rows V."""
-        self.ids = ids.long()
+        self.ids = ids
         self.rows = wide(rows)
         self.num_rows = num_rows
 

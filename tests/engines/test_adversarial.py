@@ -100,6 +100,15 @@ def test_a_loss_that_is_not_finite_drops_its_example_alone(engine: str) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+def test_an_example_dropped_for_its_gradient_takes_its_loss_along(engine: str) -> None:
+    inputs = {"x": draws(4, 5, 64, seed=1), "g": draws(4, 5, 64, seed=2).abs()}
+    inputs["g"][1] *= 1e25  # a loss that is finite, a squared norm that is not
+    model = Inner()
+    assert bool(torch.isfinite(of_rows(model, inputs)).all())
+    assert length(moved(engine, model, inputs, 1, release=LossRelease())) <= 1e-6
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("value", [1e30, -1e30, 1e8])
 def test_gradient_and_loss_together_stay_within_the_sensitivity(engine: str, value: float) -> None:
     def loss(model: nn.Module, inputs: Batch) -> Tensor:

@@ -45,7 +45,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.kind == "mean removed":
             x = x - x.mean(-1, keepdim=True)
-        eps = 1e-3 if self.kind == "other eps" else self.eps
+        eps = {"other eps": 1e-3, "slightly other eps": 1e-5}.get(self.kind, self.eps)
         normalised = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
         gain = {"gain squared": self.weight**2, "two plus gain": 2 + self.weight}
         out = normalised * gain.get(self.kind, self.weight)
@@ -121,6 +121,7 @@ UNKNOWN: list[nn.Module] = [
     OPTLearnedPositionalEmbedding(5, 6),
     RMSNorm("mean removed"),
     RMSNorm("other eps"),
+    RMSNorm("slightly other eps"),
     RMSNorm("gain squared"),
     RMSNorm("two plus gain"),
     RMSNorm("a tuple"),
