@@ -171,6 +171,7 @@ class DPTrainerMixin(_Host):
             header=claim.header(self.coins, self.dp_args),
             known_run=self._run_id,
             continues=self.dp_args.ledger == "continue",
+            fresh_weights=self.model_init is not None,
         )
         self._run_id = self._spending.ledger.run_id
         logger.info(

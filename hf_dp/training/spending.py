@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Self
-
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_dp.accounting.base import Accountant
 from hf_dp.accounting.curve import EpsilonCurve
@@ -17,14 +14,14 @@ from hf_dp.coins import Coins
 from hf_dp.errors import (
     BudgetExhaustedError,
     ConfigurationError,
-    LedgerMismatchError,
     PrivacyError,
     explain,
 )
 from hf_dp.events import PrivacyEvent
-from hf_dp.ledger import LEDGER_NAME, Ledger, merge_ledgers, read_ledger
+from hf_dp.ledger import LEDGER_NAME, Ledger
 from hf_dp.plan import PrivacyPlan
 from hf_dp.training.arguments import DPArguments
+from hf_dp.training.continuing import open_ledger, refuse_other_run
 
 FIXED_COINS = "fixed generator: not private"
 SECRET_COINS = "operating system"
@@ -115,39 +112,22 @@ class Spending:
         header: Mapping[str, Any],
         known_run: str | None,
         continues: bool,
+        fresh_weights: bool,
     ) -> Self:
-        """Create the ledger, or continue the one that is there.
-
-        Args:
-            claim: What this run will do.
-            output_dir: Where the ledger lives.
-            checkpoint: The folder that the run resumes from, or None.
-            header: The first line, should the ledger be new.
-            known_run: The run id that this trainer already writes, or None.
-            continues: Whether the user asked to count an earlier run's spending.
+        """Create the ledger, or continue the one that is there; see `open_ledger`.
 
         Raises:
             LedgerMismatchError: The ledger belongs to another run or another plan.
         """
-        path = output_dir / LEDGER_NAME
-        if checkpoint is not None:
-            _require_ledger(checkpoint)
-            merge_ledgers(path, checkpoint / LEDGER_NAME)
-        elif path.exists() and read_ledger(path).num_releases == 0:
-            _remove_empty(path)
-        if not path.exists():
-            _refuse_copies(output_dir, None)
-            return cls(claim, Ledger.create(path, header))
-        ledger = Ledger.open(path)
-        try:
-            if checkpoint is None and not continues and ledger.run_id != known_run:
-                raise _left_behind(output_dir, path)
-            _refuse_copies(output_dir, ledger.run_id)
-            _same_plan(ledger.header, header, path)
-            _only_planned(ledger, claim.plan.step_event)
-        except BaseException:
-            ledger.close()
-            raise
+        ledger = open_ledger(
+            claim.plan.step_event,
+            output_dir=output_dir,
+            checkpoint=checkpoint,
+            header=header,
+            known_run=known_run,
+            continues=continues,
+            fresh_weights=fresh_weights,
+        )
         return cls(claim, ledger)
 
     @property
@@ -196,7 +176,7 @@ class Spending:
         Raises:
             LedgerMismatchError: `folder` holds the ledger of another run.
         """
-        _refuse_other_run(folder / LEDGER_NAME, self.ledger.run_id)
+        refuse_other_run(folder / LEDGER_NAME, self.ledger.run_id)
         if self._open:
             self.ledger.copy_to(folder)
         else:
@@ -217,119 +197,3 @@ def _versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             found[package] = "not installed"
     return found
-
-
-def _same_plan(written: Mapping[str, Any], planned: Mapping[str, Any], path: Path) -> None:
-    """Refuse a ledger of another plan; only the planned number of steps may differ."""
-    planned = json.loads(json.dumps(planned))
-    for key in ("unit", "relation", "population_size", "coins"):
-        if written.get(key) != planned[key]:
-            raise _other_plan(key, written.get(key), planned[key], path)
-    before, now = dict(written.get("plan", {})), dict(planned["plan"])
-    for key in sorted((set(before) | set(now)) - {"num_steps"}):
-        if before.get(key) != now.get(key):
-            raise _other_plan(f"plan.{key}", before.get(key), now.get(key), path)
-
-    if planned["nonprivate_metrics"] and not written.get("nonprivate_metrics"):
-        raise LedgerMismatchError(
-            explain(
-                "DPArguments.nonprivate_metrics",
-                True,
-                "False, as in the ledger",
-                "Its header tells every later reader whether exact quantities were logged.",
-                "Resume without it, or begin a new run in another output_dir.",
-            )
-        )
-
-
-def _only_planned(ledger: Ledger, step_event: PrivacyEvent) -> None:
-    """Refuse releases that the curve, which is that of one event, would misstate."""
-    if any(run.event != step_event for run in read_ledger(ledger.path).releases):
-        raise LedgerMismatchError(
-            explain(
-                "ledger.releases",
-                str(ledger.path),
-                "only releases of the plan's step",
-                "Something else was recorded too, whose cost the epsilon of this run would leave out.",
-                "Use a new output_dir, and account for the releases of both ledgers.",
-            )
-        )
-
-
-def _remove_empty(path: Path) -> None:
-    """Remove the ledger of a run that failed before its first release: it counts nothing."""
-    with Ledger.open(path) as ledger:
-        if ledger.num_releases == 0:
-            path.unlink()
-
-
-def _refuse_copies(output_dir: Path, run_id: str | None) -> None:
-    """Refuse an output directory with checkpoints of another run, which this one would overwrite."""
-    for copy in sorted(output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{LEDGER_NAME}")):
-        if _run_of(copy) != run_id:
-            raise _left_behind(output_dir, copy)
-
-
-def _run_of(path: Path) -> str | None:
-    """The run that a ledger's first line names; None where it is damaged, and so nobody's."""
-    with path.open("rb") as file:
-        first = file.readline()
-    try:
-        return str(json.loads(first)["run_id"])
-    except (ValueError, KeyError, TypeError):
-        return None
-
-
-def _refuse_other_run(path: Path, run_id: str) -> None:
-    if path.exists() and _run_of(path) != run_id:
-        raise LedgerMismatchError(
-            explain(
-                "output_dir",
-                str(path.parent),
-                "a folder without the ledger of another run",
-                "Saving there would overwrite the record of what that run released.",
-                "Save into another folder.",
-            )
-        )
-
-
-def _other_plan(key: str, before: object, now: object, path: Path) -> LedgerMismatchError:
-    return LedgerMismatchError(
-        explain(
-            f"{path}: {key}",
-            now,
-            f"{before!r}, as in the ledger",
-            "The releases that it counts were made by another plan, so their cost would be misstated.",
-            "Resume with the arguments of the first run (a changed num_steps changes the noise of a "
-            "target_epsilon run: set the noise_multiplier from the ledger instead), or use a new "
-            "output_dir.",
-        )
-    )
-
-
-def _require_ledger(checkpoint: Path) -> None:
-    if not (checkpoint / LEDGER_NAME).exists():
-        raise LedgerMismatchError(
-            explain(
-                "resume_from_checkpoint",
-                str(checkpoint),
-                f"a folder with {LEDGER_NAME}",
-                "Without it nobody knows what the checkpoint's training has already spent.",
-                "Resume from a checkpoint that DPTrainer wrote, or load its weights into a new run if "
-                "they were not trained on this data.",
-            )
-        )
-
-
-def _left_behind(output_dir: Path, path: Path) -> LedgerMismatchError:
-    return LedgerMismatchError(
-        explain(
-            "TrainingArguments.output_dir",
-            str(output_dir),
-            "a directory without an earlier run's ledger",
-            f"{path.relative_to(output_dir)} counts what that run released about the data; a new run on "
-            "the same data adds to it.",
-            "Use train(resume_from_checkpoint=True) to go on, DPArguments(ledger='continue') to start "
-            "anew and count both, or another output_dir if the data is different.",
-        )
-    )

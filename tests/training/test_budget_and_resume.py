@@ -140,6 +140,7 @@ def test_a_step_past_the_budget_raises_and_records_nothing(tmp_path: Path) -> No
         header=trainer._make_claim().header(trainer.coins, trainer.dp_args),
         known_run=trainer._run_id,
         continues=False,
+        fresh_weights=False,
     )
     with pytest.raises(BudgetExhaustedError, match="room for one more"):
         trainer.training_step(trainer.model, LogicalBatch([]))
@@ -266,3 +267,29 @@ def test_evaluating_spends_nothing(tmp_path: Path) -> None:
     trainer.predict(Sentences(seed=2))
     assert trainer.epsilon == spent
     assert releases(tmp_path) == 6
+
+
+def test_the_fullest_copy_wins(tmp_path: Path) -> None:
+    """Wherever the run goes on, no release that some copy within reach knows of is left out."""
+    first = trainer_for(tmp_path / "a", host={**SAVING, "max_steps": 8})
+    first.train()
+    elsewhere = trainer_for(tmp_path / "b", host={**SAVING, "max_steps": 6})
+    elsewhere.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-4"))
+    assert releases(tmp_path / "b") == 8 + 2
+
+    (tmp_path / "a" / LEDGER_NAME).unlink()  # only the checkpoints' copies are left
+    resumed = trainer_for(tmp_path / "a", host={**SAVING, "max_steps": 6})
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-4"))
+    assert releases(tmp_path / "a") == 8 + 2
+
+
+def test_a_trainer_does_not_forget_its_first_train(tmp_path: Path) -> None:
+    trainer = trainer_for(tmp_path / "a")
+    trainer.train()
+    trainer.args.output_dir = str(tmp_path / "b")
+    with pytest.raises(LedgerMismatchError, match="earlier train"):
+        trainer.train()
+    shutil.rmtree(tmp_path / "a")
+    trainer.args.output_dir = str(tmp_path / "a")
+    with pytest.raises(LedgerMismatchError, match="earlier train"):
+        trainer.train()
