@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -24,10 +23,9 @@ class LogicalBatch:
     exact answers are private data.
     """
 
-    def __init__(self, micro_batches: Sequence[Any], probe: Any = None) -> None:
-        """Hold what the collator made of each micro-batch, and of a few examples of all lengths."""
+    def __init__(self, micro_batches: Sequence[Any]) -> None:
+        """Hold what the collator made of each micro-batch."""
         self.micro_batches = list(micro_batches)
-        self.probe = probe
 
     def __contains__(self, key: object) -> bool:
         return False
@@ -35,7 +33,7 @@ class LogicalBatch:
     def pin_memory(self) -> LogicalBatch:
         """Pin every tensor, as ``dataloader_pin_memory`` asks."""
         pin: Callable[[Any], Any] = torch.utils.data._utils.pin_memory.pin_memory
-        return LogicalBatch([pin(micro_batch) for micro_batch in self.micro_batches], self.probe)
+        return LogicalBatch([pin(micro_batch) for micro_batch in self.micro_batches])
 
 
 def drawn(inputs: Any) -> LogicalBatch:
@@ -70,9 +68,10 @@ class LogicalBatchCollator:
         ordered = sorted(examples, key=self._length, reverse=True)
         size = self.micro_batch_size
         pieces = [ordered[start : start + size] for start in range(0, len(ordered), size)]
-        probe = self._probe(ordered)
-        self._require_mask(ordered, probe)
-        return LogicalBatch([self._collated(piece) for piece in pieces], probe)
+        batches = [self._collated(piece) for piece in pieces]
+        if size > 1 and batches:
+            self._require_marked_padding(ordered, batches)
+        return LogicalBatch(batches)
 
     def _collated(self, piece: list[Any]) -> Any:
         """One micro-batch; rows are clipped one by one, so each must be one whole example."""
@@ -92,32 +91,28 @@ class LogicalBatchCollator:
             )
         return batch
 
-    def _require_mask(self, ordered: list[Any], probe: Any) -> None:
-        """Refuse padding that nothing marks: the model would read it, and its amount tells of others."""
-        varied = bool(ordered) and self._length(ordered[0]) != self._length(ordered[-1])
-        if varied and isinstance(probe, Mapping) and "attention_mask" not in probe:
-            raise ConfigurationError(
-                explain(
-                    "data_collator",
-                    self._name(),
+    def _require_marked_padding(self, ordered: list[Any], batches: list[Any]) -> None:
+        """Refuse padding that the model would read or count: its amount tells of the neighbours."""
+        first, last = self._length(ordered[0]), self._length(ordered[-1])
+        hidden = first == 0 and self.length_key == "input_ids"  # the collator makes the tokens
+        for batch in batches:
+            mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+            if mask is None and (first != last or hidden):
+                raise self._refusal(
                     "an attention_mask for examples of different lengths",
-                    "Without it an example's loss depends on how far its neighbours made it be padded.",
                     "Return attention_mask from the collator (DataCollatorWithPadding does), or pad all "
                     "examples to one length in the dataset.",
                 )
-            )
+            if isinstance(mask, torch.Tensor) and mask.dim() == 2 and bool((mask[:, 0] == 0).any()):
+                raise self._refusal(
+                    "padding on the right",
+                    "Set tokenizer.padding_side = 'right', or per_device_train_batch_size=1 (the logical "
+                    "batch keeps its size with DPArguments.expected_batch_size).",
+                )
 
-    def _probe(self, ordered: list[Any]) -> Any:
-        """A few examples, the longest and the shortest among them, on which losses are compared.
-
-        Neighbours in the order have like lengths, so only here would a loss that depends on the padding,
-        and by that on the other examples, show itself.
-        """
-        if not ordered:
-            return None
-        last = len(ordered) - 1
-        chosen = sorted({0, last // 3, 2 * last // 3, last})
-        return self.collator([copy.deepcopy(ordered[index]) for index in chosen])
+    def _refusal(self, expected: str, remedy: str) -> ConfigurationError:
+        why = "Otherwise an example's loss depends on how far its neighbours made it be padded."
+        return ConfigurationError(explain("data_collator", self._name(), expected, why, remedy))
 
     def _name(self) -> str:
         # The host wraps a collator to remove columns.

@@ -13,6 +13,7 @@ from hf_dp.engines import ExampleLoss, engine_named
 from hf_dp.layers import DEFAULT_LAYER_RULES, LayerRules
 from hf_dp.sums import ClippedSum
 from hf_dp.training.losses import choose_example_loss, definition_loss
+from hf_dp.training.refused_parts import refuse_model
 
 logger = logging.getLogger(__name__)
 
@@ -45,10 +46,11 @@ def clipped_sum(
         before clipping, and ``losses`` ``(B,)``.
 
     Raises:
-        ConfigurationError: An argument is out of range.
+        ConfigurationError: An argument is out of range, or the model mixes examples.
         UncoveredParameterError: ``engine="book_keeping"`` and a parameter has no layer rule.
     """
     clipping = FlatClipping(clipping_norm)
+    refuse_model(model)
     if example_loss is None:
         example_loss, engine = _default_loss(model, batch, engine)
     return engine_named(engine, layer_rules).clipped_sum(

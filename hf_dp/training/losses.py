@@ -213,7 +213,7 @@ def _agreeing_losses(
         return None
     # Alone, the forward pass is the definition's own, so only the reduction can differ; together,
     # rounding depends on the shape of the batch.
-    forward = max(tolerance, _COARSE_FORWARD_TOLERANCE if _is_coarse(model) else _TOLERANCE)
+    forward = max(tolerance, _COARSE_FORWARD_TOLERANCE if is_coarse(model) else _TOLERANCE)
     agrees = _close(single, wanted, wanted, tolerance)
     return single if agrees and _close(together, single, wanted, forward) else None
 
@@ -230,7 +230,8 @@ def _has_half(model: nn.Module) -> bool:
     return any(parameter.dtype in _HALF for parameter in model.parameters())
 
 
-def _is_coarse(model: nn.Module) -> bool:
+def is_coarse(model: nn.Module) -> bool:
+    """Whether the model's forward pass rounds to half precision or TF32."""
     device = next((p.device.type for p in model.parameters()), "cpu")
     return (
         _has_half(model)

@@ -6,6 +6,7 @@ the whole story, in the order of the law: sum, budget, ledger, noise, average. C
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -31,22 +32,21 @@ from hf_dp.reports.report import PrivacyReport
 from hf_dp.training.arguments import DPArguments, checked
 from hf_dp.training.batches import LogicalBatch, LogicalBatchSampler, drawn, logical_loader
 from hf_dp.training.checkpoints import resolve_checkpoint
+from hf_dp.training.choice import Choice, announce, choose
 from hf_dp.training.lines import (
     NonPrivateMetrics,
     forget_exact_metrics,
     is_training_line,
     make_private,
 )
-from hf_dp.training.losses import choose_example_loss, default_loss_ceiling, definition_loss
+from hf_dp.training.losses import default_loss_ceiling
 from hf_dp.training.planning import Schedule, plan_for, schedule
-from hf_dp.training.refusals import (
-    private_copy,
+from hf_dp.training.refusals import private_copy, refuse_launcher, refuse_options
+from hf_dp.training.refused_parts import (
     refuse_collator,
     refuse_dataset,
     refuse_evaluation,
-    refuse_launcher,
     refuse_model,
-    refuse_options,
 )
 from hf_dp.training.spending import Claim, Spending
 from hf_dp.training.step import clipped_sum_of, released_loss, set_gradients
@@ -58,6 +58,8 @@ else:
     _Host = object
 
 logger = logging.getLogger(__name__)
+
+_TRUSTED_HOSTS = ("transformers", "trl")  # whose compute_loss is what their models compute
 
 
 class DPTrainerMixin(_Host):
@@ -109,16 +111,20 @@ class DPTrainerMixin(_Host):
         self.coins: Coins = coins or SecretCoins()
         self.engine = engine_named(self.dp_args.engine, layer_rules)
         self._given_plan = plan
-        self._example_loss = example_loss
+        self._given_loss = example_loss
+        self._choice: Choice | None = None
         self._claim: Claim | None = None
         self._schedule: Schedule | None = None
         self._spending: Spending | None = None
         self._run_id: str | None = None
         self._nonprivate = NonPrivateMetrics()
-        refuse_model(self.model)
-        refuse_collator(self.data_collator)
+        self._refuse_parts()
         if self.train_dataset is not None:
             self._make_claim()
+
+    def _refuse_parts(self) -> None:
+        refuse_model(self.model)
+        refuse_collator(self.data_collator)
 
     # ---- what is claimed ------------------------------------------------------------------------
 
@@ -162,6 +168,7 @@ class DPTrainerMixin(_Host):
     ) -> Any:
         """Train, or go on where a checkpoint and its ledger left off."""
         claim = self._make_claim()
+        self._refuse_parts()
         trainable_parameters(self.model)  # refuses a model without any, while nothing is begun
         checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir)
         self._spending = Spending.begin(
@@ -191,10 +198,11 @@ class DPTrainerMixin(_Host):
         sampler = LogicalBatchSampler(
             claim.plan.sampler, claim.num_examples, self._schedule.steps_per_epoch, self.coins
         )
+        host = super().get_train_dataloader()
         return logical_loader(
-            super().get_train_dataloader(),
+            host,
             sampler,
-            self.args.per_device_train_batch_size,
+            1 if self._settle_loss(host).alone else self.args.per_device_train_batch_size,
             getattr(self.model, "main_input_name", "input_ids"),
         )
 
@@ -237,12 +245,11 @@ class DPTrainerMixin(_Host):
             self.optimizer.train()
         batch = drawn(inputs)
         with self.coins.for_library_code():
-            example_loss = self._loss_for(model, batch)
             summed = clipped_sum_of(
                 model,
                 self._on_device(batch),
                 engine=self.engine,
-                example_loss=example_loss,
+                example_loss=self._loss_of_each,
                 plan=plan,
             )
         if self.dp_args.nonprivate_metrics:
@@ -268,36 +275,29 @@ class DPTrainerMixin(_Host):
 
     # ---- the loss of an example ----------------------------------------------------------------
 
-    def _loss_for(self, model: nn.Module, inputs: LogicalBatch) -> ExampleLoss:
-        """The loss of each example under the host's autocast, chosen at the first example seen."""
-        if self._example_loss is None and inputs.probe is not None:
-            self._example_loss = self._choose_loss(model, self._prepare_inputs(inputs.probe))
+    def _settle_loss(self, host: DataLoader[Any]) -> Choice:
+        """Choose the loss of each example before any batch is drawn, on made-up examples."""
+        if self._choice is None:
+            own = type(self).compute_loss.__module__.partition(".")[0] in _TRUSTED_HOSTS
+            with self.coins.for_library_code(), self.compute_loss_context_manager():
+                columns = host.collate_fn([copy.deepcopy(host.dataset[0])])
+                self._choice = choose(
+                    self.model,
+                    self._prepare_inputs(columns),
+                    lambda model, alone: self.compute_loss(model, alone),
+                    given=self._given_loss,
+                    trusted=own and self.compute_loss_func is None,
+                    label_smoothing=self.args.label_smoothing_factor,
+                )
+            announce(self._choice)
+            if self._choice.is_definition:
+                self.engine = SequentialEngine()
+        return self._choice
 
-        def losses(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-            assert self._example_loss is not None
-            with self.compute_loss_context_manager():
-                return self._example_loss(model, inputs)
-
-        return losses
-
-    def _choose_loss(self, model: nn.Module, inputs: Mapping[str, Any]) -> ExampleLoss:
-        """A vectorised loss that agrees with `compute_loss` on real examples, else one row at a time."""
-
-        def one(model: nn.Module, alone: dict[str, Any]) -> Any:
-            with self.compute_loss_context_manager():
-                return self.compute_loss(model, alone)
-
-        chosen = choose_example_loss(model, inputs, one, self.args.label_smoothing_factor)
-        if chosen is not None:
-            logger.info("hf_dp: loss of each example: %s", chosen[1])
-            return chosen[0]
-        logger.warning(
-            "hf_dp: compute_loss matches no vectorised loss, so it is called for one example at a time "
-            "(engine='sequential'): exact, but as slow as training with batches of one. Pass example_loss "
-            "to DPTrainer for speed."
-        )
-        self.engine = SequentialEngine()
-        return definition_loss(one)
+    def _loss_of_each(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+        assert self._choice is not None
+        with self.compute_loss_context_manager():
+            return self._choice.example_loss(model, inputs)
 
     # ---- what people see ------------------------------------------------------------------------
 
@@ -317,6 +317,11 @@ class DPTrainerMixin(_Host):
         refuse_evaluation(self.train_dataset, evaluated, self.dp_args.nonprivate_metrics)
         metrics: dict[str, float] = super().evaluate(eval_dataset, *args, **kwargs)
         return metrics
+
+    def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """The host's prediction; refused on the training data for the same reason."""
+        refuse_evaluation(self.train_dataset, test_dataset, self.dp_args.nonprivate_metrics)
+        return super().predict(test_dataset, *args, **kwargs)
 
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:
         """The expected logical batch, rounded, for the host's messages and throughput."""

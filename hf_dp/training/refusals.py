@@ -12,9 +12,6 @@ from collections.abc import Callable
 from typing import Any
 
 from accelerate.utils import DistributedType, DynamoBackend
-from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.data import IterableDataset
 from transformers import TrainingArguments
 
 from hf_dp.errors import ConfigurationError, explain
@@ -145,11 +142,6 @@ _REFUSED: tuple[Check, ...] = (
     ),
 )
 
-_CONTRASTIVE = frozenset(
-    {"align", "altclip", "blip", "chinese_clip", "clap", "clip", "clipseg", "flava", "groupvit"}
-    | {"metaclip_2", "owlvit", "siglip", "siglip2", "vision-text-dual-encoder", "xclip"}
-)
-
 
 def refuse_options(args: TrainingArguments) -> None:
     """Refuse training arguments with which the guarantee would not hold.
@@ -201,12 +193,14 @@ def refuse_launcher(accelerator: Any) -> None:
     distributed = None if spread == DistributedType.NO else str(spread)
     for found in (distributed, compiled, scaled):
         if found is not None:
-            raise _coupled(
-                "accelerator",
-                found,
-                "plain training in one process",
-                "Gradients must be seen, clipped and noised as a whole, in one place.",
-                "Start with python instead of accelerate launch, or clear the ACCELERATE_ variables.",
+            raise ConfigurationError(
+                explain(
+                    "accelerator",
+                    found,
+                    "plain training in one process",
+                    "Gradients must be seen, clipped and noised as a whole, in one place.",
+                    "Start with python instead of accelerate launch, or clear the ACCELERATE_ variables.",
+                )
             )
 
 
@@ -229,115 +223,3 @@ def private_copy(args: TrainingArguments) -> TrainingArguments:
         )
         mine.include_num_input_tokens_seen = "no"
     return mine
-
-
-def refuse_model(model: nn.Module) -> None:
-    """Refuse models whose examples influence one another.
-
-    Raises:
-        ConfigurationError: The model has BatchNorm, a router balancing loss or a contrastive loss.
-    """
-    for name, module in model.named_modules():
-        if isinstance(module, _BatchNorm):
-            raise _coupled(
-                f"model.{name}",
-                type(module).__name__,
-                "no BatchNorm",
-                "Its statistics mix the examples of a batch.",
-                "Replace it by GroupNorm or LayerNorm.",
-            )
-    config = getattr(model, "config", None)
-    if getattr(config, "output_router_logits", False):
-        raise _coupled(
-            "model.config.output_router_logits",
-            True,
-            "False",
-            "The router's balancing loss depends on all examples of a batch.",
-            "Set model.config.output_router_logits = False.",
-        )
-    if getattr(config, "model_type", None) in _CONTRASTIVE:
-        raise _coupled(
-            "model.config.model_type",
-            getattr(config, "model_type", None),
-            "a model whose loss is a mean over examples",
-            "A contrastive loss compares every example with the others of its batch.",
-            "Train a head with an ordinary loss on its features.",
-        )
-
-
-def refuse_collator(collator: object) -> None:
-    """Refuse collators that join examples into one row.
-
-    Raises:
-        ConfigurationError: The collator flattens or packs.
-    """
-    flattens = "Flattening" in type(collator).__name__ or getattr(collator, "padding_free", False)
-    if flattens:
-        raise _coupled(
-            "data_collator",
-            type(collator).__name__,
-            "one row per example",
-            "A flattened batch is one row, so its examples cannot be told apart.",
-            "Use DataCollatorWithPadding or DataCollatorForSeq2Seq.",
-        )
-
-
-def refuse_dataset(dataset: Any) -> int:
-    """Check the training data and return its number of examples.
-
-    Raises:
-        ConfigurationError: There is none, it has no length, or it is empty.
-    """
-    if dataset is None:
-        raise _coupled(
-            "train_dataset", None, "a dataset", "There is nothing to train on.", "Pass one."
-        )
-    try:
-        if isinstance(dataset, IterableDataset):
-            raise TypeError
-        size = len(dataset)
-    except TypeError:
-        raise _coupled(
-            "train_dataset",
-            type(dataset).__name__,
-            "a dataset with a length",
-            "The sampling probability is the expected batch size divided by that length.",
-            "Use a map-style dataset; a streamed one can be materialised with Dataset.from_generator.",
-        ) from None
-    if size == 0:
-        raise _coupled(
-            "train_dataset",
-            "empty",
-            "at least one example",
-            "There is nothing to train on.",
-            "Add data.",
-        )
-    return size
-
-
-def refuse_evaluation(train_dataset: Any, evaluated: Any, nonprivate_metrics: bool) -> None:
-    """Refuse to evaluate on the training data.
-
-    Args:
-        train_dataset: What is protected.
-        evaluated: A dataset, a dict of them, or None.
-        nonprivate_metrics: Whether exact metrics were asked for; then nothing is refused.
-
-    Raises:
-        ConfigurationError: One of them is the training dataset.
-    """
-    others = evaluated.values() if isinstance(evaluated, dict) else [evaluated]
-    if nonprivate_metrics or train_dataset is None:
-        return
-    if any(train_dataset is other for other in others):
-        raise _coupled(
-            "eval_dataset",
-            "the training dataset",
-            "data held out from training",
-            "Evaluation metrics are exact, so they would leak the protected examples.",
-            "Hold some examples out, or set DPArguments.nonprivate_metrics=True.",
-        )
-
-
-def _coupled(field: str, value: object, expected: str, why: str, remedy: str) -> ConfigurationError:
-    return ConfigurationError(explain(field, value, expected, why, remedy))

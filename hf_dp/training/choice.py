@@ -1,0 +1,139 @@
+"""How each example's loss is computed, decided before any example is looked at."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_dp.engines.rows import row
+from hf_dp.training.alone import ComputeLoss, ExampleLoss, definition_loss
+from hf_dp.training.losses import choose_example_loss, is_coarse
+from hf_dp.training.made_up import LENGTHS, made_up_rows
+
+logger = logging.getLogger(__name__)
+
+_TOLERANCE = 1e-5
+_HALF_TOLERANCE = 5e-2  # rounding of a forward pass in half precision, between shapes of batches
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A loss and how examples must be brought to it.
+
+    Attributes:
+        example_loss: One loss per example.
+        is_definition: Whether it is `compute_loss`, called for one example at a time.
+        alone: Whether each example must be collated by itself, since padding changes its loss.
+        description: For the log.
+    """
+
+    example_loss: ExampleLoss
+    is_definition: bool
+    alone: bool
+    description: str
+
+
+def choose(
+    model: nn.Module,
+    columns: Mapping[str, Any],
+    compute_loss: ComputeLoss,
+    *,
+    given: ExampleLoss | None,
+    trusted: bool,
+    label_smoothing: float = 0.0,
+) -> Choice:
+    """Choose on made-up examples; whatever cannot be tried on them is done one example at a time.
+
+    Args:
+        model: As the engine will call it.
+        columns: A collated batch of one real example, for the names and shapes of its columns.
+        compute_loss: The definition.
+        given: The user's own loss of each example, or None.
+        trusted: Whether `compute_loss` is the host's own, so that a vectorised form that agrees with
+            it on made-up examples agrees everywhere.
+        label_smoothing: ``TrainingArguments.label_smoothing_factor``.
+    """
+    rows = _rows(model, columns)
+    if given is not None:
+        return Choice(given, False, _padding_matters(given, model, rows), "given by the user")
+    found = None
+    if trusted and rows is not None:
+        found = _vectorised(model, rows, compute_loss, label_smoothing)
+    if found is None:
+        definition = definition_loss(compute_loss)
+        return Choice(definition, True, True, "compute_loss, one example at a time")
+    loss, description = found
+    return Choice(loss, False, _padding_matters(loss, model, rows), description)
+
+
+def announce(choice: Choice) -> None:
+    """Say which loss is used, and aloud where it makes training slow."""
+    logger.info("hf_dp: loss of each example: %s", choice.description)
+    if choice.is_definition:
+        logger.warning(
+            "hf_dp: compute_loss has no vectorised form here, so it is called for one example at a time "
+            "(engine='sequential'): exact, but as slow as training with batches of one. Pass "
+            "example_loss to DPTrainer for speed."
+        )
+    elif choice.alone:
+        logger.warning(
+            "hf_dp: the loss depends on padding, so every example is collated by itself: exact, but as "
+            "slow as training with batches of one. Let the model use attention_mask for speed."
+        )
+
+
+def _rows(model: nn.Module, columns: Mapping[str, Any]) -> dict[str, Any] | None:
+    try:
+        return made_up_rows(model, columns)
+    except Exception as error:  # a foreign model or collator may want anything
+        logger.debug("no made-up examples: %s", type(error).__name__)
+        return None
+
+
+def _vectorised(
+    model: nn.Module, rows: Mapping[str, Any], compute_loss: ComputeLoss, label_smoothing: float
+) -> tuple[ExampleLoss, str] | None:
+    try:
+        return choose_example_loss(model, rows, compute_loss, label_smoothing)
+    except Exception as error:  # the made-up examples do not suit this model
+        logger.debug("made-up examples refused: %s", type(error).__name__)
+        return None
+
+
+def _padding_matters(loss: ExampleLoss, model: nn.Module, rows: Mapping[str, Any] | None) -> bool:
+    """Whether an example's loss changes with the padding that longer neighbours make necessary."""
+    if rows is None:
+        return True
+    training = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in training:
+            module.training = False
+        with torch.no_grad():
+            together = loss(model, rows)
+            single = torch.cat(
+                [loss(model, _cut(row(rows, i), LENGTHS[i])) for i in range(len(LENGTHS))]
+            )
+        tolerance = _HALF_TOLERANCE if is_coarse(model) else _TOLERANCE
+        return not torch.allclose(together, single, rtol=tolerance, atol=tolerance)
+    except Exception as error:  # the loss is foreign code
+        logger.debug("the loss could not be tried: %s", type(error).__name__)
+        return True
+    finally:
+        for module, mode in training:
+            module.training = mode
+
+
+def _cut(example: Mapping[str, Any], length: int) -> dict[str, Any]:
+    """A made-up example without its padding."""
+    full = max(LENGTHS)
+    return {
+        name: value[:, :length]
+        if isinstance(value, torch.Tensor) and value.dim() >= 2 and value.shape[1] == full
+        else value
+        for name, value in example.items()
+    }

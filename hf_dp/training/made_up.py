@@ -1,0 +1,111 @@
+"""Made-up examples, on which a loss is chosen and tried without looking at anybody's data.
+
+A choice made on real examples would itself depend on them: one example could switch the loss, the engine
+or the batching of all the others. Only names, types and widths of the columns are taken from the data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_dp.training.reductions import IGNORED
+from hf_dp.training.tasks import unwrapped
+from hf_dp.training.vectorised import logits_of, without_targets
+
+LENGTHS = (7, 5, 4, 2)
+"""Of the made-up examples: different, so that padding that changes a loss shows."""
+
+_ENDS = ("start_positions", "end_positions")
+
+
+def made_up_rows(model: nn.Module, columns: Mapping[str, Any]) -> dict[str, Any]:
+    """Four examples of different lengths with the columns of a real batch, padded on the right.
+
+    Args:
+        model: Read for its vocabulary, and run once without labels for its number of classes.
+        columns: A collated batch of one example; of its values only shapes and types are used.
+    """
+    generator = torch.Generator().manual_seed(0)  # public on purpose: so are these examples
+    width = _width(columns)
+    rows: dict[str, Any] = {}
+    for name, value in columns.items():
+        if name not in ("labels", *_ENDS):
+            rows[name] = _column(name, value, width, _vocabulary(model), generator)
+    for name in _ENDS:
+        if name in columns:
+            ends = [int(torch.randint(0, length, (), generator=generator)) for length in LENGTHS]
+            rows[name] = torch.tensor(ends, device=columns[name].device)
+    if isinstance(columns.get("labels"), Tensor):
+        rows["labels"] = _labels(model, columns["labels"], rows, generator)
+    return rows
+
+
+def _width(columns: Mapping[str, Any]) -> int | None:
+    """How many positions the real example has; None where it has none."""
+    for name in ("input_ids", "attention_mask", "inputs_embeds"):
+        value = columns.get(name)
+        if isinstance(value, Tensor) and value.dim() >= 2:
+            return value.shape[1]
+    return None
+
+
+def _column(
+    name: str, value: Any, width: int | None, vocabulary: int, generator: torch.Generator
+) -> Any:
+    if not isinstance(value, Tensor) or value.dim() == 0:
+        return value
+    per_token = width is not None and value.dim() >= 2 and value.shape[1] == width
+    tail = (max(LENGTHS), *value.shape[2:]) if per_token else tuple(value.shape[1:])
+    shape = (len(LENGTHS), *tail)
+    mask = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]  # (4, 7)
+    if name in ("input_ids", "decoder_input_ids"):
+        made = torch.randint(2, max(vocabulary, 3), shape, generator=generator)
+        made = made.masked_fill(~mask, 0) if per_token else made
+    elif "attention_mask" in name:
+        made = mask.expand(shape) if per_token else torch.ones(shape)
+    elif name == "position_ids":
+        made = torch.arange(shape[1]).expand(shape) if len(shape) == 2 else torch.zeros(shape)
+    elif value.is_floating_point():
+        made = torch.randn(shape, generator=generator)
+    else:
+        made = torch.zeros(shape)
+    return made.to(value)
+
+
+def _vocabulary(model: nn.Module) -> int:
+    embeddings = getattr(unwrapped(model), "get_input_embeddings", lambda: None)()
+    size = getattr(embeddings, "num_embeddings", None)
+    if isinstance(size, int):
+        return size
+    sizes = [
+        module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)
+    ]
+    return min(sizes, default=3)
+
+
+def _labels(
+    model: nn.Module, real: Tensor, rows: Mapping[str, Any], generator: torch.Generator
+) -> Tensor:
+    count = len(LENGTHS)
+    if real.is_floating_point():
+        made = torch.rand(count, *real.shape[1:], generator=generator)
+        return (made.round() if real.dim() == 2 else made).to(real)
+    classes = _classes(model, rows)
+    if real.dim() < 2 or (real.shape[1:] == (1,) and _width(rows) is None):
+        return torch.randint(0, classes, (count, *real.shape[1:]), generator=generator).to(real)
+    made = torch.randint(0, classes, (count, max(LENGTHS)), generator=generator)
+    own = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
+    return made.masked_fill(~own, IGNORED).to(real)
+
+
+@torch.no_grad()
+def _classes(model: nn.Module, rows: Mapping[str, Any]) -> int:
+    """Width of the model's output; the vocabulary where it cannot be run without labels."""
+    try:
+        return logits_of(model(**without_targets(model, rows))).shape[-1]
+    except Exception:  # a decoder wants its labels, a foreign model may want anything
+        return _vocabulary(model)

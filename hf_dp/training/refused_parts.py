@@ -1,0 +1,161 @@
+"""Models, collators and data that are refused, because examples would influence one another."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.data import IterableDataset
+
+from hf_dp.errors import ConfigurationError, explain
+
+_CONTRASTIVE = frozenset(
+    {"align", "altclip", "blip", "chinese_clip", "clap", "clip", "clipseg", "flava", "groupvit"}
+    | {"metaclip_2", "owlvit", "siglip", "siglip2", "vision-text-dual-encoder", "xclip"}
+)
+
+
+def refuse_model(model: nn.Module) -> None:
+    """Refuse models whose examples influence one another.
+
+    Raises:
+        ConfigurationError: The model has BatchNorm, a router balancing loss or a contrastive loss.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm):
+            raise _coupled(
+                f"model.{name}",
+                type(module).__name__,
+                "no BatchNorm",
+                "Its statistics mix the examples of a batch.",
+                "Replace it by GroupNorm or LayerNorm.",
+            )
+    config = getattr(model, "config", None)
+    stretched = _rope_types(config) & {"dynamic", "longrope"}
+    if stretched:
+        raise _coupled(
+            "model.config.rope_parameters",
+            sorted(stretched),
+            "rotary positions that do not depend on the length of the batch",
+            "These change with the longest example of a batch, so it would change every gradient.",
+            "Use rope_type 'default', 'linear', 'yarn' or 'llama3'.",
+        )
+    if getattr(config, "output_router_logits", False):
+        raise _coupled(
+            "model.config.output_router_logits",
+            True,
+            "False",
+            "The router's balancing loss depends on all examples of a batch.",
+            "Set model.config.output_router_logits = False.",
+        )
+    if getattr(config, "model_type", None) in _CONTRASTIVE:
+        raise _coupled(
+            "model.config.model_type",
+            getattr(config, "model_type", None),
+            "a model whose loss is a mean over examples",
+            "A contrastive loss compares every example with the others of its batch.",
+            "Train a head with an ordinary loss on its features.",
+        )
+
+
+def refuse_collator(collator: object) -> None:
+    """Refuse collators that join examples into one row, or draw from a generator of their own.
+
+    Raises:
+        ConfigurationError: The collator flattens, packs, or has a seed.
+    """
+    flattens = "Flattening" in type(collator).__name__ or getattr(collator, "padding_free", False)
+    if flattens:
+        raise _coupled(
+            "data_collator",
+            type(collator).__name__,
+            "one row per example",
+            "A flattened batch is one row, so its examples cannot be told apart.",
+            "Use DataCollatorWithPadding or DataCollatorForSeq2Seq.",
+        )
+    seed = getattr(collator, "seed", None)
+    if seed is not None:
+        raise _coupled(
+            "data_collator.seed",
+            seed,
+            "None",
+            "Masks from a known seed move from one example to the next when an example is missing.",
+            "Leave the seed out: collators draw from secret coins.",
+        )
+
+
+def refuse_dataset(dataset: Any) -> int:
+    """Check the training data and return its number of examples.
+
+    Raises:
+        ConfigurationError: There is none, it has no length, or it is empty.
+    """
+    if dataset is None:
+        raise _coupled(
+            "train_dataset", None, "a dataset", "There is nothing to train on.", "Pass one."
+        )
+    try:
+        if isinstance(dataset, IterableDataset):
+            raise TypeError
+        size = len(dataset)
+    except TypeError:
+        raise _coupled(
+            "train_dataset",
+            type(dataset).__name__,
+            "a dataset with a length",
+            "The sampling probability is the expected batch size divided by that length.",
+            "Use a map-style dataset; a streamed one can be materialised with Dataset.from_generator.",
+        ) from None
+    if size == 0:
+        raise _coupled(
+            "train_dataset",
+            "empty",
+            "at least one example",
+            "There is nothing to train on.",
+            "Add data.",
+        )
+    return size
+
+
+def _rope_types(config: object) -> set[str]:
+    """Every kind of rotary position in a configuration, whatever version wrote it."""
+    found: set[str] = set()
+    todo = [getattr(config, name, None) for name in ("rope_parameters", "rope_scaling")]
+    while todo:
+        item = todo.pop()
+        if isinstance(item, dict):
+            found |= {str(item[name]) for name in ("rope_type", "type") if name in item}
+            todo.extend(value for value in item.values() if isinstance(value, dict))
+    return found
+
+
+def refuse_evaluation(train_dataset: Any, evaluated: Any, nonprivate_metrics: bool) -> None:
+    """Refuse to evaluate on the training data.
+
+    Args:
+        train_dataset: What is protected.
+        evaluated: A dataset, a dict of them, or None.
+        nonprivate_metrics: Whether exact metrics were asked for; then nothing is refused.
+
+    Raises:
+        ConfigurationError: One of them is the training dataset.
+    """
+    others = evaluated.values() if isinstance(evaluated, dict) else [evaluated]
+    if nonprivate_metrics or train_dataset is None:
+        return
+    if any(
+        train_dataset is other or getattr(other, "dataset", None) is train_dataset
+        for other in others
+    ):
+        raise _coupled(
+            "eval_dataset",
+            "the training dataset",
+            "data held out from training",
+            "Evaluation metrics are exact, so they would leak the protected examples.",
+            "Hold some examples out, or set DPArguments.nonprivate_metrics=True.",
+        )
+
+
+def _coupled(field: str, value: object, expected: str, why: str, remedy: str) -> ConfigurationError:
+    return ConfigurationError(explain(field, value, expected, why, remedy))
