@@ -34,7 +34,7 @@ def made_up_rows(model: nn.Module, columns: Mapping[str, Any]) -> dict[str, Any]
     rows: dict[str, Any] = {}
     for name, value in columns.items():
         if name not in ("labels", *_ENDS):
-            rows[name] = _column(name, value, width, _vocabulary(model), generator)
+            rows[name] = _column(name, value, width, _tokens(model), generator)
     for name in _ENDS:
         if name in columns:
             ends = [int(torch.randint(0, length, (), generator=generator)) for length in LENGTHS]
@@ -54,7 +54,7 @@ def _width(columns: Mapping[str, Any]) -> int | None:
 
 
 def _column(
-    name: str, value: Any, width: int | None, vocabulary: int, generator: torch.Generator
+    name: str, value: Any, width: int | None, tokens: tuple[int, int], generator: torch.Generator
 ) -> Any:
     if not isinstance(value, Tensor) or value.dim() == 0:
         return value
@@ -63,8 +63,10 @@ def _column(
     shape = (len(LENGTHS), *tail)
     mask = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]  # (4, 7)
     if name in ("input_ids", "decoder_input_ids"):
-        made = torch.randint(2, max(vocabulary, 3), shape, generator=generator)
-        made = made.masked_fill(~mask, 0) if per_token else made
+        vocabulary, padding = tokens
+        made = torch.randint(0, vocabulary - 1, shape, generator=generator)
+        made = made + (made >= padding).long()  # padding stands for nothing but itself
+        made = made.masked_fill(~mask, padding) if per_token else made
     elif "attention_mask" in name:
         made = mask.expand(shape) if per_token else torch.ones(shape)
     elif name == "position_ids":
@@ -76,6 +78,13 @@ def _column(
     return made.to(value)
 
 
+def _tokens(model: nn.Module) -> tuple[int, int]:
+    """Size of the vocabulary, and which of it is padding."""
+    config = getattr(unwrapped(model), "config", None)
+    padding = getattr(config, "pad_token_id", None)
+    return _vocabulary(model), padding if isinstance(padding, int) and padding >= 0 else 0
+
+
 def _vocabulary(model: nn.Module) -> int:
     embeddings = getattr(unwrapped(model), "get_input_embeddings", lambda: None)()
     size = getattr(embeddings, "num_embeddings", None)
@@ -84,7 +93,7 @@ def _vocabulary(model: nn.Module) -> int:
     sizes = [
         module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)
     ]
-    return min(sizes, default=3)
+    return max(2, min(sizes, default=2))
 
 
 def _labels(
