@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from hf_dp.accounting.shown import rounded_up
 from hf_dp.cli.run import PoissonRun
 
 if TYPE_CHECKING:
@@ -51,7 +52,8 @@ def _show_table(facts: Mapping[str, Any]) -> None:
     for name, value in facts.items():
         if name not in ("is_upper_bound", "unit", "relation"):
             table.add_row(
-                name.replace("_", " "), _rounded_up(value) if name == "epsilon" else str(value)
+                name.replace("_", " "),
+                rounded_up(value, digits=5) if name == "epsilon" else str(value),
             )
     kind = "a proven upper bound" if facts["is_upper_bound"] else "not proven to be an upper bound"
     relation = str(facts["relation"]).replace("_", " ")
@@ -62,11 +64,3 @@ def _show_table(facts: Mapping[str, Any]) -> None:
         f"differ in one {facts['unit']} ({relation}), under Poisson sampling.",
         soft_wrap=True,
     )
-
-
-def _rounded_up(epsilon: float) -> str:
-    """Five digits; rounding to nearest could print less than the bound."""
-    if not 0 < epsilon < math.inf:
-        return str(epsilon)
-    places = 4 - math.floor(math.log10(epsilon))
-    return f"{math.ceil(epsilon * 10.0**places) / 10.0**places:.5g}"

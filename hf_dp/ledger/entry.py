@@ -3,8 +3,9 @@
 The first line is the header, every other line is one release::
 
     {"created":..., "format":1, "hash":..., "kind":"header", "previous":"000...", "run_id":..., ...}
-    {"event":{...}, "hash":..., "index":1, "kind":"release", "previous":..., "step":0, "time":...,
-     "writer":...}
+    {"event":{...}, "hash":..., "index":1, "kind":"release", "previous":..., "step":0, "writer":...}
+
+No line says when it was written: how long a step took tells what was drawn.
 
 ``hash`` is the SHA-256 of the line's canonical JSON without ``hash`` (keys sorted, no spaces,
 ASCII); ``previous`` is the SHA-256 of the whole previous line without its newline. Both rules stay
@@ -141,7 +142,6 @@ def release_line(
         "index": index,
         "event": event,
         "step": step,
-        "time": _now(),
         "writer": writer,
     }
     if recovered:

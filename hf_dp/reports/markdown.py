@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hf_dp.accounting.shown import rounded_up
 from hf_dp.reports.report import PrivacyReport
 
 
@@ -9,8 +10,8 @@ def privacy_section(report: PrivacyReport) -> str:
     """Markdown that states the guarantee, what it rests on and what it leaves out."""
     guarantee = report.guarantee
     headline = (
-        f"**ε ≤ {guarantee.epsilon:.4g} at δ = {guarantee.delta:.3g}**, for each {guarantee.unit} "
-        f"({guarantee.accountant} accountant, a proven upper bound)."
+        f"**ε ≤ {rounded_up(guarantee.epsilon)} at δ = {rounded_up(guarantee.delta)}**, "
+        f"for each {guarantee.unit} ({guarantee.accountant} accountant, a proven upper bound)."
         if guarantee.is_upper_bound
         else "**No proven bound.**"
     )

@@ -11,6 +11,7 @@ from typing import Any, Self
 
 from hf_dp.accounting import accountant_named
 from hf_dp.accounting.base import Guarantee
+from hf_dp.accounting.shown import rounded_up
 from hf_dp.errors import LedgerError
 from hf_dp.events import NeighboringRelation
 from hf_dp.ledger import LEDGER_NAME, LedgerRecord, read_ledger
@@ -142,7 +143,7 @@ class PrivacyReport:
         guarantee = self.guarantee
         kind = "upper bound" if guarantee.is_upper_bound else "an estimate, not a bound"
         claim = (
-            f"epsilon <= {guarantee.epsilon:.4g} at delta = {guarantee.delta:.3g}"
+            f"epsilon <= {rounded_up(guarantee.epsilon)} at delta = {rounded_up(guarantee.delta)}"
             if guarantee.is_upper_bound
             else f"no guarantee: {kind}"
         )

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from hf_dp.accounting import Guarantee, accountant_named
-from hf_dp.cli.answer import _rounded_up, show
+from hf_dp.accounting.shown import rounded_up
+from hf_dp.cli.answer import show
 from hf_dp.cli.run import PoissonRun
 
 OPTIONS = {
@@ -52,7 +53,7 @@ def test_the_table_says_what_epsilon_is_about(hf_dp_program: Callable[..., Any])
     answer = hf_dp_program(*words(OPTIONS))
     assert (answer.code, answer.err) == (0, "")
     epsilon = accountant_named("pld").guarantee(RUN.event(), delta=1e-6).epsilon
-    for part in (_rounded_up(epsilon), "1e-06", "0.9", "0.01", "500"):
+    for part in (rounded_up(epsilon, digits=5), "1e-06", "0.9", "0.01", "500"):
         assert part in answer.out
     for part in ("proven upper bound", "'pld'", "one example", "add or remove one", "Poisson"):
         assert part in answer.out
@@ -92,7 +93,7 @@ def test_numbers_out_of_range_are_explained(
 
 @pytest.mark.parametrize("epsilon", [1.8282301, 0.0173212, 9.99996, 123.4561, 2.0, 1e-9])
 def test_a_printed_bound_is_still_a_bound(epsilon: float) -> None:
-    assert epsilon <= float(_rounded_up(epsilon)) <= epsilon * 1.0001
+    assert epsilon <= float(rounded_up(epsilon, digits=5)) <= epsilon * 1.0001
 
 
 def test_an_infinite_epsilon_is_null_in_json_and_inf_in_words(

@@ -199,7 +199,7 @@ def test_a_ledger_edited_under_the_run_is_not_copied(
     with Ledger.open(path) as ledger:
         with path.open("r+b") as file:
             file.seek(-5, os.SEEK_END)
-            file.write(b"7")
+            file.write(b"!")
         with pytest.raises(LedgerCorruptError, match="Somebody else changed the file"):
             ledger.copy_to(tmp_path / "checkpoint")
     assert not (tmp_path / "checkpoint").exists()
