@@ -10,6 +10,7 @@ import pytest
 
 from hf_dp import PrivacyPlan, PrivacyReport
 from hf_dp.accounting import accountant_named
+from hf_dp.accounting.shown import rounded_up
 from hf_dp.clipping import FlatClipping, LossRelease
 from hf_dp.errors import ConfigurationError, LedgerCorruptError, LedgerError
 from hf_dp.events import Gaussian, NeighboringRelation, NonPrivate
@@ -89,7 +90,10 @@ def test_the_text_states_claim_parts_and_assumptions(tmp_path: Path) -> None:
     write(tmp_path)
     text = str(PrivacyReport.from_ledger(tmp_path))
     first, *rest = text.splitlines()
-    assert first == f"epsilon <= {epsilon(40):.4g} at delta = 1e-05 (pld, upper bound), per example"
+    assert (
+        first
+        == f"epsilon <= {rounded_up(epsilon(40))} at delta = 1e-05 (pld, upper bound), per example"
+    )
     assert rest[0].startswith("neighbours: replace one example by one that contributes nothing")
     assert "sampler: PoissonSampling(sampling_probability=0.02)" in rest
     assert "clipping: FlatClipping(clipping_norm=0.5)" in rest
@@ -129,7 +133,7 @@ def test_the_section_of_a_model_card_is_a_table_that_renders(tmp_path: Path) -> 
     report = PrivacyReport.from_ledger(tmp_path)
     section = privacy_section(report)
     assert section.startswith("## Differential privacy\n")
-    assert f"**ε ≤ {epsilon(40):.4g} at δ = 1e-05**, for each example" in section
+    assert f"**ε ≤ {rounded_up(epsilon(40))} at δ = 1e-05**, for each example" in section
     rows = [line for line in section.splitlines() if line.startswith("|")]
     assert all(row.count("|") == 3 for row in rows)
     assert "| Releases | 40 of 100 planned |" in rows

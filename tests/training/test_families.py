@@ -246,7 +246,8 @@ class Joining:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         ids = torch.tensor([[token for row in rows for token in row["input_ids"]]])
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+        labels = torch.tensor([rows[0]["labels"]])
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
 @pytest.mark.parametrize("collator", [Overflowing(), Joining()], ids=lambda c: type(c).__name__)
@@ -284,8 +285,7 @@ def test_an_example_is_worth_its_own_mean_whatever_its_neighbours(tmp_path: Path
     batch = pad_labels([trainer.train_dataset[i] for i in (0, 19)])
     model = trainer.model.eval()
     expected = definition_loss(trainer.compute_loss)(model, batch)
-    assert trainer._example_loss is not None
-    torch.testing.assert_close(trainer._example_loss(model, batch), expected)
+    torch.testing.assert_close(trainer._loss_of_each(model, batch), expected)
 
 
 def pad_labels(rows: list[dict[str, Any]]) -> dict[str, Tensor]:

@@ -233,12 +233,13 @@ def test_what_a_collator_draws_is_secret_too(tmp_path: Path, workers: int) -> No
     class Drawing:
         def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
             drawn = [float(torch.rand(())), random.random(), float(np.random.rand())]  # noqa: NPY002
-            return {**collate(rows), "drawn": torch.tensor([drawn] * len(rows))}
+            real = torch.ones(len(rows), dtype=torch.long)  # zero in made-up examples
+            return {**collate(rows), "drawn": torch.tensor([drawn] * len(rows)), "real": real}
 
     seen: list[set[float]] = []
 
     def noting(model: Any, inputs: Any) -> Tensor:
-        seen[-1].update(inputs["drawn"][0].tolist())
+        seen[-1].update(inputs["drawn"][inputs["real"] == 1].flatten().tolist())
         given = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
         return F.cross_entropy(model(**given).logits, inputs["labels"], reduction="none")
 
@@ -264,12 +265,11 @@ def test_pinning_reaches_every_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
         {"input_ids": torch.zeros(2, 3), "nested": [torch.zeros(1)]},
         {"labels": torch.ones(1)},
     ]
-    batch = torch.utils.data._utils.pin_memory.pin_memory(LogicalBatch(pieces, {"a": 1}))
+    batch = torch.utils.data._utils.pin_memory.pin_memory(LogicalBatch(pieces))
     assert isinstance(batch, LogicalBatch)
     assert batch.micro_batches[0]["input_ids"].sum() == 6
     assert batch.micro_batches[0]["nested"][0] == 1
     assert batch.micro_batches[1]["labels"] == 2
-    assert batch.probe == {"a": 1}
     assert LogicalBatch([]).pin_memory().micro_batches == []
 
 

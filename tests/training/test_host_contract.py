@@ -243,6 +243,7 @@ def test_only_public_methods_are_overridden() -> None:
         "training_step",
         "log",
         "evaluate",
+        "predict",
         "get_total_train_batch_size",
         "save_model",
         "create_model_card",

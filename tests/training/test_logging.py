@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import HfArgumentParser, TrainingArguments
 
 from hf_dp import DPArguments, DPTrainer
+from hf_dp.accounting.shown import rounded_up
 from hf_dp.coins import FixedCoins
 
 HELD_OUT = Sentences(size=12, seed=1)
@@ -147,7 +148,7 @@ def test_the_model_card_ends_with_what_is_guaranteed(tmp_path: Path) -> None:
         card = (tmp_path / "README.md").read_text(encoding="utf-8")
         assert card.startswith("---"), "the host's part is there"
         assert card.count("## Differential privacy") == 1
-    assert f"**ε ≤ {trainer.epsilon:.4g} at δ = 0.0173**" in card
+    assert f"**ε ≤ {rounded_up(trainer.epsilon)} at δ = {rounded_up(40**-1.1)}**" in card
     assert "PoissonSampling(sampling_probability=0.2)" in card
     assert "6 of 6 planned" in card
     results = next(line for line in card.splitlines() if line.startswith("| Training Loss"))
