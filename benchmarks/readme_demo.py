@@ -67,12 +67,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dry-run", action="store_true", help="only print the present block")
     options = parser.parse_args()
-    readme = README.read_text("utf-8")
     if options.dry_run:
-        print(readme.partition(BEGIN)[2].partition(END)[0].strip())
+        print(README.read_text("utf-8").partition(BEGIN)[2].partition(END)[0].strip())
         return
     output = demo_output()
-    README.write_text(with_output(readme, output), "utf-8")
+    # Read only now: it may have been edited while the demo ran.
+    README.write_text(with_output(README.read_text("utf-8"), output), "utf-8")
     print(output)
 
 
