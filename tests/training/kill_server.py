@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from runs import trainer_for
+from tiny_runs import trainer_for
 from transformers import Trainer, TrainerState
 
 from hf_dp.ledger import Ledger

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import train_lines, trainer_for
+from tiny_runs import train_lines, trainer_for
 from transformers import TrainerCallback
 
 from hf_dp.accounting import accountant_named
@@ -258,7 +258,7 @@ def test_resumed_noise_and_draws_are_fresh(tmp_path: Path) -> None:
 
 
 def test_evaluating_spends_nothing(tmp_path: Path) -> None:
-    from runs import Sentences
+    from tiny_runs import Sentences
 
     trainer = trainer_for(tmp_path, eval_dataset=Sentences(seed=1))
     trainer.train()

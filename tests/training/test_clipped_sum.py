@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from runs import Sentences, collate, tiny_bert
+from tiny_runs import Sentences, collate, tiny_bert
 from torch import Tensor, nn
 from torch.nn import functional as F
 

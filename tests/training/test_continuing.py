@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import trainer_for
+from tiny_runs import trainer_for
 from transformers import TrainerCallback
 
 from hf_dp.errors import ConfigurationError, LedgerMismatchError

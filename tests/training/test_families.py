@@ -11,7 +11,7 @@ import torch
 import transformers as tf
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from runs import Sentences, host_arguments, tiny_bert, train_lines, trainer_for
+from tiny_runs import Sentences, host_arguments, tiny_bert, train_lines, trainer_for
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 

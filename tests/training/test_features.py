@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from runs import (
+from tiny_runs import (
     NUM_EXAMPLES,
     Sentences,
     collate,

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import Sentences, collate, host_arguments, tiny_bert, trainer_for
+from tiny_runs import Sentences, collate, host_arguments, tiny_bert, trainer_for
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import train_lines, trainer_for
+from tiny_runs import train_lines, trainer_for
 from transformers import Trainer
 
 from hf_dp import DPTrainerMixin

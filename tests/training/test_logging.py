@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from runs import Sentences, collate, host_arguments, tiny_bert, train_lines, trainer_for
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_runs import Sentences, collate, host_arguments, tiny_bert, train_lines, trainer_for
 from transformers import HfArgumentParser, TrainingArguments
 
 from hf_dp import DPArguments, DPTrainer

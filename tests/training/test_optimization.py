@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import (
+from tiny_runs import (
     NUM_EXAMPLES,
     Sentences,
     collate,

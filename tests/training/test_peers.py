@@ -30,7 +30,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
-from runs import Sentences, collate, tiny_bert, train_lines, trainer_for
+from tiny_runs import Sentences, collate, tiny_bert, train_lines, trainer_for
 from torch import Tensor, nn
 
 from hf_dp.clipping import FlatClipping

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from runs import NUM_EXAMPLES, Sentences, collate, tiny_bert, train_lines, trainer_for
+from tiny_runs import NUM_EXAMPLES, Sentences, collate, tiny_bert, train_lines, trainer_for
 from torch import Tensor
 from torch.nn import functional as F
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from runs import Sentences, host_arguments, refused, tiny_bert, train_lines, trainer_for
+from tiny_runs import Sentences, host_arguments, refused, tiny_bert, train_lines, trainer_for
 
 from hf_dp import DPArguments, DPTrainer, PrivacyPlan
 from hf_dp.clipping import FlatClipping, LossRelease
@@ -250,7 +250,7 @@ def test_clipping_of_the_noisy_gradient_is_switched_off_aloud(
 TWO_PROCESSES = """
 import sys
 from pathlib import Path
-from runs import trainer_for
+from tiny_runs import trainer_for
 from hf_dp.errors import ConfigurationError
 try:
     trainer_for(Path(sys.argv[1]))

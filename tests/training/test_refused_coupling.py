@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import Sentences, collate, trainer_for
+from tiny_runs import Sentences, collate, trainer_for
 from torch.utils.data import Subset
 from transformers import LlamaConfig, LlamaForSequenceClassification
 

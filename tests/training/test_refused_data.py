@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from runs import Sentences, collate, refused, tiny_bert, trainer_for
+from tiny_runs import Sentences, collate, refused, tiny_bert, trainer_for
 from torch import nn
 
 from hf_dp.errors import ConfigurationError, PrivacyError
