@@ -74,8 +74,8 @@ def test_bfloat16_is_used_where_it_is_measured_to_be_faster(
 @pytest.mark.slow
 @pytest.mark.statistical
 def test_the_demo_learns(cache: Path, tmp_path: Path) -> None:
-    """Seen: 76.2%, 76.8%. With a spread of a point, as 2,000 test rows give, 73% fails 1 run in 1,000."""
+    """Seen: 76.2%, 76.8%. With a spread of 1.2 points, 72% fails about 1 run in 10,000."""
     assert cache.is_dir()
     outcome = main(8.0, tmp_path / "demo")
     assert outcome.epsilon <= 8.0
-    assert outcome.accuracy > 0.73
+    assert outcome.accuracy > 0.72
