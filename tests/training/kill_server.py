@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any, NoReturn
 
 import torch
 from tiny_runs import trainer_for
+from tqdm import tqdm
 from transformers import Trainer, TrainerState
 
 from hf_dp.ledger import Ledger
@@ -107,6 +109,7 @@ def fork_run(path: str, after: float | None = None, **options: Any) -> dict[str,
     child = os.fork()
     if not child:
         os.close(reader)
+        signal.alarm(120)  # rather a dead run than a test that waits for ever
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), 1)
         try:
@@ -138,6 +141,8 @@ def report_to(descriptor: int, what: str) -> None:
 
 def main() -> NoReturn:
     torch.set_num_threads(1)
+    # The default lock is a semaphore of all forks, which a killed one would hold for ever.
+    tqdm.set_lock(threading.RLock())
     replies = os.dup(1)
     os.dup2(2, 1)  # what the Trainer prints is not a reply
     with tempfile.TemporaryDirectory() as folder:  # imports what is imported late
