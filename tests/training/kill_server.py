@@ -1,5 +1,7 @@
 """Forks runs of a tiny DPTrainer, kills them, and reports; one JSON request and one JSON reply a line.
 
+Replies go to the descriptor given as argument, since libraries print to standard output when imported.
+
 Imports take seconds and a fork takes a millisecond, so many kills are affordable. It stands apart from
 the test process, which may have threads and should not be forked.
 """
@@ -143,8 +145,7 @@ def main() -> NoReturn:
     torch.set_num_threads(1)
     # The default lock is a semaphore of all forks, which a killed one would hold for ever.
     tqdm.set_lock(threading.RLock())
-    replies = os.dup(1)
-    os.dup2(2, 1)  # what the Trainer prints is not a reply
+    replies = int(sys.argv[1])
     with tempfile.TemporaryDirectory() as folder:  # imports what is imported late
         trainer_for(Path(folder), host={**HOST, "max_steps": 2}).train()
     gc.collect()

@@ -30,24 +30,25 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
     """A real run of DPTrainer in a process of its own, killed as asked."""
     here = Path(__file__).parent
     errors = tmp_path_factory.mktemp("server") / "stderr"
-    with errors.open("w") as sink:
+    answers, replies = os.pipe()
+    with errors.open("w") as sink, os.fdopen(answers) as incoming:
         server = subprocess.Popen(
-            [sys.executable, str(here / "kill_server.py")],
+            [sys.executable, str(here / "kill_server.py"), str(replies)],
             stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+            stdout=sink,
             stderr=sink,
+            pass_fds=[replies],
             env={**os.environ, "PYTHONPATH": os.pathsep.join([str(here.parents[1]), str(here)])},
             text=True,
         )
+        os.close(replies)
         assert server.stdin is not None
-        assert server.stdout is not None
 
         def ask(path: Path, **options: Any) -> dict[str, Any]:
             assert server.stdin is not None
-            assert server.stdout is not None
             server.stdin.write(json.dumps({"path": str(path), **options}) + "\n")
             server.stdin.flush()
-            reply = server.stdout.readline()
+            reply = incoming.readline()
             assert reply, errors.read_text()[-3000:]
             answer: dict[str, Any] = json.loads(reply)
             assert answer["error"] is None, answer["error"]
@@ -56,7 +57,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
         yield ask
         server.stdin.close()
         server.wait(timeout=60)
-        server.stdout.close()
 
 
 def counted(folder: Path) -> int:
