@@ -6,32 +6,27 @@ Source:
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any, ClassVar
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from hf_dp.clipping.base import ClippingPolicy
 from hf_dp.clipping.loss import LossRelease
-from hf_dp.engines.axes import establish_axes
 from hf_dp.engines.base import (
     ExampleLoss,
     GradientEngine,
-    checked_losses,
     empty_sum,
     gradient_clipping,
     released_losses,
 )
-from hf_dp.engines.coverage import Coverage, coverage_of
 from hf_dp.engines.precision import full_precision
+from hf_dp.engines.recorder import Recorder
 from hf_dp.engines.rows import batch_size
-from hf_dp.engines.tap import Call, recording
 from hf_dp.errors import UncoveredParameterError
 from hf_dp.layers.base import LayerRules
-from hf_dp.layers.factors import Factor, combine, sum_of, wide
+from hf_dp.layers.factors import Factor, sum_of, wide
 from hf_dp.layers.recognise import DEFAULT_LAYER_RULES
 from hf_dp.sums import ClippedSum
 
@@ -50,15 +45,7 @@ class BookKeepingEngine(GradientEngine):
 
     def __init__(self, layer_rules: LayerRules = DEFAULT_LAYER_RULES) -> None:
         """Use `layer_rules` (module type -> rule); what they lack is recognised by computation."""
-        self.layer_rules = layer_rules
-        self._coverages: WeakKeyDictionary[nn.Module, Coverage] = WeakKeyDictionary()
-
-    def coverage(self, model: nn.Module) -> Coverage:
-        """Tap points of `model`, looked up anew when it trains other parameters than before."""
-        known = self._coverages.get(model)
-        if known is None or not known.fits(model):
-            known = self._coverages[model] = coverage_of(model, self.layer_rules)
-        return known
+        self.recorder = Recorder(layer_rules)
 
     def clipped_sum(
         self,
@@ -69,17 +56,11 @@ class BookKeepingEngine(GradientEngine):
         clipping: ClippingPolicy,
         loss_release: LossRelease | None = None,
     ) -> ClippedSum:
-        num_units = batch_size(inputs)
-        if num_units == 0:
+        if batch_size(inputs) == 0:
             return empty_sum(model, loss_release)
-        coverage = self._checked_coverage(model, inputs, example_loss)
-        with recording(coverage, num_units) as record:
-            losses = checked_losses(example_loss(model, inputs), num_units)
-            record.backward(losses, list(coverage.parameters))
-        losses = losses.detach()
+        losses, factors = self.recorder.record(model, inputs, example_loss)
         policy = gradient_clipping(clipping, loss_release)
         with full_precision(losses.device):
-            factors = _factors(coverage, record.calls, num_units)
             squared = _squared_norms(factors, losses)
             apart = _cancelling(factors, squared, policy.sensitivity).nonzero()  # (few, 1)
             for unit in apart:
@@ -95,48 +76,6 @@ class BookKeepingEngine(GradientEngine):
             losses=losses,
             loss_sum=released_losses(losses, dropped, clipping, loss_release),
         )
-
-    def _checked_coverage(
-        self, model: nn.Module, inputs: Mapping[str, Any], example_loss: ExampleLoss
-    ) -> Coverage:
-        coverage = self.coverage(model)
-        if coverage.uncovered:
-            first = next(iter(coverage.uncovered.items()))
-            raise UncoveredParameterError(
-                f"{len(coverage.uncovered)} trainable parameters, among them {first[0]!r} "
-                f"({first[1]}): expected a layer rule for each. Their gradients could not be clipped. "
-                "Freeze them, pass layer_rules={**DEFAULT_LAYER_RULES, TheModule: your_rule}, or use "
-                "engine='sequential'."
-            )
-        if coverage.axes is None and batch_size(inputs) > 1:  # all of a batch of one is the one's
-            establish_axes(model, inputs, coverage, example_loss)
-        return coverage
-
-
-def _factors(coverage: Coverage, calls: list[Call], num_units: int) -> dict[str, Factor]:
-    names = {id(p): name for name, p in coverage.parameters.items()}
-    contributions: dict[str, list[Factor]] = defaultdict(list)
-    for call in calls:
-        point = call.point
-        if num_units > 1 and point.method == "forward" and point.name not in (coverage.axes or {}):
-            raise UncoveredParameterError(
-                f"module {point.name!r} took part for some examples only: expected every module with "
-                "trainable parameters to run for the first examples too, which shows where its input "
-                "has the examples. Use engine='sequential', or freeze it."
-            )
-        answers = list(point.rule(point.module, call.inputs, call.output_grads, num_units))
-        answered = {id(parameter) for parameter, _ in answers}
-        if answered != {id(parameter) for parameter in point.parameters}:
-            raise UncoveredParameterError(
-                f"the layer rule for {type(point.module).__qualname__} ({point.name!r}) answered for "
-                f"{len(answered)} of {len(point.parameters)} trainable parameters: expected all. The "
-                "others would not be clipped. Mend the rule, or use engine='sequential'."
-            )
-        for parameter, factor in answers:
-            contributions[names[id(parameter)]].append(factor)
-    return {
-        name: combine(contributions[name]) for name in coverage.parameters if name in contributions
-    }
 
 
 def _squared_norms(factors: Mapping[str, Factor], losses: Tensor) -> dict[str, Tensor]:

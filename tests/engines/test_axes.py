@@ -160,7 +160,7 @@ def test_the_check_by_doubling_is_what_refuses(monkeypatch: pytest.MonkeyPatch) 
     def believe(model: nn.Module, inputs: Any, coverage: Coverage, loss: Any) -> None:
         coverage.axes = {point.name: UnitAxis.FIRST for point in coverage.points}
 
-    monkeypatch.setattr("hf_dp.engines.book_keeping.establish_axes", believe)
+    monkeypatch.setattr("hf_dp.engines.recorder.establish_axes", believe)
     inputs = data(rows=3)  # as many examples as positions
     found = book_kept(PositionsFirst(), inputs)
     with pytest.raises(AssertionError):
