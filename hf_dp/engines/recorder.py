@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 from hf_dp.engines.axes import establish_axes
@@ -56,9 +57,9 @@ class Recorder:
         coverage = self._checked_coverage(model, inputs, example_loss)
         with recording(coverage, num_units) as record:
             losses = checked_losses(example_loss(model, inputs), num_units)
-            record.backward(losses, list(coverage.parameters))
-        with full_precision(losses.device):
-            return losses.detach(), _factors(coverage, record.calls, num_units)
+            found = _Contributions(coverage, record.uses, num_units)
+            record.backward(losses, list(coverage.parameters), found.add)
+        return losses.detach(), found.factors()
 
     def _checked_coverage(
         self, model: nn.Module, inputs: Mapping[str, Any], example_loss: ExampleLoss
@@ -77,18 +78,43 @@ class Recorder:
         return coverage
 
 
-def _factors(coverage: Coverage, calls: list[Call], num_units: int) -> dict[str, Factor]:
-    names = {id(p): name for name, p in coverage.parameters.items()}
-    contributions: dict[str, list[Factor]] = defaultdict(list)
-    for call in calls:
+class _Contributions:
+    """What the calls of a backward pass add to each parameter's factor, taken as they come."""
+
+    def __init__(self, coverage: Coverage, uses: Mapping[int, int], num_units: int) -> None:
+        self.coverage = coverage
+        self.uses = uses
+        self.num_units = num_units
+        self._names = {id(p): name for name, p in coverage.parameters.items()}
+        self._parts: dict[str, list[Factor]] = defaultdict(list)
+
+    def add(self, call: Call) -> None:
+        """Apply the call's rule; a parameter used once can settle on its form at once."""
+        with full_precision(call.output_grads.device):
+            for parameter, factor in self._answers(call):
+                if self.uses[id(parameter)] == 1:
+                    factor.settle()
+                self._parts[self._names[id(parameter)]].append(factor)
+
+    def factors(self) -> dict[str, Factor]:
+        """One factor for each parameter that took part, in the model's order."""
+        with torch.no_grad():
+            return {
+                name: combine(self._parts[name])
+                for name in self.coverage.parameters
+                if name in self._parts
+            }
+
+    def _answers(self, call: Call) -> list[tuple[nn.Parameter, Factor]]:
         point = call.point
-        if num_units > 1 and point.method == "forward" and point.name not in (coverage.axes or {}):
+        axes = self.coverage.axes or {}
+        if self.num_units > 1 and point.method == "forward" and point.name not in axes:
             raise UncoveredParameterError(
                 f"module {point.name!r} took part for some examples only: expected every module with "
                 "trainable parameters to run for the first examples too, which shows where its input "
                 "has the examples. Use engine='sequential', or freeze it."
             )
-        answers = list(point.rule(point.module, call.inputs, call.output_grads, num_units))
+        answers = list(point.rule(point.module, call.inputs, call.output_grads, self.num_units))
         answered = {id(parameter) for parameter, _ in answers}
         if answered != {id(parameter) for parameter in point.parameters}:
             raise UncoveredParameterError(
@@ -96,8 +122,4 @@ def _factors(coverage: Coverage, calls: list[Call], num_units: int) -> dict[str,
                 f"{len(answered)} of {len(point.parameters)} trainable parameters: expected all. The "
                 "others would not be clipped. Mend the rule, or use engine='sequential'."
             )
-        for parameter, factor in answers:
-            contributions[names[id(parameter)]].append(factor)
-    return {
-        name: combine(contributions[name]) for name in coverage.parameters if name in contributions
-    }
+        return answers

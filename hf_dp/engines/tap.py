@@ -9,6 +9,7 @@ outside its tapped module shows in the graph.
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,22 +33,41 @@ class Call:
 
 @dataclass
 class Recording:
-    """The calls of one forward and backward pass."""
+    """One forward pass, and its backward passes.
+
+    Attributes:
+        parameters: The trainable parameters.
+        anchor: A scalar that every tap depends on, so that a graph exists.
+        on_call: What the running backward pass does with each call, as soon as its gradient is there.
+        uses: Parameter's id -> how often the forward pass used it; a call that did not contribute to
+            the losses counts, a recomputation of a checkpoint does not.
+    """
 
     parameters: Sequence[nn.Parameter]
     anchor: Tensor
-    calls: list[Call] = field(default_factory=list)
+    on_call: Callable[[Call], None] | None = None
+    uses: Counter[int] = field(default_factory=Counter)
 
-    def backward(self, losses: Tensor, names: Sequence[str]) -> None:
-        """Run the one backward pass; afterwards `calls` is filled.
+    def backward(
+        self,
+        losses: Tensor,
+        names: Sequence[str],
+        on_call: Callable[[Call], None],
+        *,
+        again: bool = False,
+    ) -> None:
+        """Run a backward pass, handing each call to `on_call`; `again` keeps the graph for one more.
 
         Raises:
             UncoveredParameterError: A trainable parameter was used outside its tapped module.
         """
         if not losses.requires_grad:
             return  # no trainable parameter took part: every gradient is zero
+        self.on_call = on_call
         targets = [self.anchor, *self.parameters]
-        found = torch.autograd.grad(losses.sum(), targets, allow_unused=True)[1:]
+        found = torch.autograd.grad(losses.sum(), targets, retain_graph=again, allow_unused=True)[
+            1:
+        ]
         used = [name for name, grad in zip(names, found, strict=True) if grad is not None]
         if used:
             raise UncoveredParameterError(
@@ -77,7 +97,7 @@ class _Tap(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, output_grads: Tensor) -> Any:
         (inputs,) = ctx.saved_tensors
-        ctx.recording.calls.append(Call(ctx.point, inputs.detach(), output_grads))
+        ctx.recording.on_call(Call(ctx.point, inputs.detach(), output_grads))
         return None, None, ctx.recording.anchor.new_zeros(()), output_grads, None
 
 
@@ -165,6 +185,8 @@ class _PointTap:
             output = output.expand(self.num_units, *output.shape[1:])
             if self.point.method == "forward":
                 inputs = inputs.expand(self.num_units, *inputs.shape[1:])
+        if self.record.on_call is None:
+            self.record.uses.update(map(id, self.point.parameters))
         apply: Callable[..., Tensor] = _Tap.apply
         tapped = apply(self.record, self.point, self.record.anchor, output, inputs)
         return tapped

@@ -63,6 +63,10 @@ class Factor(ABC):
     def dense(self) -> Vec:
         """The same gradients written out, ``(B, *shape)``."""
 
+    def settle(self) -> None:
+        """Take the form that is cheapest to keep; called at once where nothing will be merged in."""
+        return
+
     def merged(self, other: Factor) -> Factor | None:
         """One factor equal to the sum of both, where that costs nothing; else None."""
         return None
