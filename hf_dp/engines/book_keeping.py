@@ -58,7 +58,15 @@ class BookKeepingEngine(GradientEngine):
     ) -> ClippedSum:
         if batch_size(inputs) == 0:
             return empty_sum(model, loss_release)
-        losses, factors = self.recorder.record(model, inputs, example_loss)
+        factors: dict[str, Factor] = {}
+
+        def keep(name: str, factor: Factor) -> None:
+            factor.settle()
+            factors[name] = factor
+
+        with self.recorder.forward(model, inputs, example_loss) as passed:
+            passed.backward(keep)
+        losses = passed.losses
         policy = gradient_clipping(clipping, loss_release)
         with full_precision(losses.device):
             squared = _squared_norms(factors, losses)

@@ -1,13 +1,13 @@
-"""From one micro-batch to its losses and the factored gradient of every trainable parameter."""
+"""One micro-batch under taps: its losses, and the factored gradient of every trainable parameter."""
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
 
 from hf_dp.engines.axes import establish_axes
@@ -15,14 +15,17 @@ from hf_dp.engines.base import ExampleLoss, checked_losses
 from hf_dp.engines.coverage import Coverage, coverage_of
 from hf_dp.engines.precision import full_precision
 from hf_dp.engines.rows import batch_size
-from hf_dp.engines.tap import Call, recording
+from hf_dp.engines.tap import Call, Recording, recording
 from hf_dp.errors import UncoveredParameterError
 from hf_dp.layers.base import LayerRules
 from hf_dp.layers.factors import Factor, combine
 
+OnFactor = Callable[[str, Factor], None]
+"""``on_factor(name, factor)`` takes the whole gradient of one parameter, for every unit."""
+
 
 class Recorder:
-    """One forward and one backward pass under taps; knows the coverage of each model it has seen."""
+    """Runs models under taps; knows the coverage of each model that it has seen."""
 
     def __init__(self, layer_rules: LayerRules) -> None:
         """Use `layer_rules` (module type -> rule); what they lack is recognised by computation."""
@@ -36,19 +39,16 @@ class Recorder:
             known = self._coverages[model] = coverage_of(model, self.layer_rules)
         return known
 
-    def record(
+    @contextlib.contextmanager
+    def forward(
         self, model: nn.Module, inputs: Mapping[str, Any], example_loss: ExampleLoss
-    ) -> tuple[Tensor, dict[str, Factor]]:
-        """Run the micro-batch once.
+    ) -> Iterator[Pass]:
+        """One forward pass of a micro-batch, whose backward pass may be run within the context.
 
         Args:
             model: Trainable parameters are those with ``requires_grad``.
             inputs: One or more examples.
             example_loss: One loss per example.
-
-        Returns:
-            The losses, ``(B,)``, detached; and parameter name -> factor for each parameter that took
-            part.
 
         Raises:
             UncoveredParameterError: Some gradient cannot be told apart by example.
@@ -57,9 +57,7 @@ class Recorder:
         coverage = self._checked_coverage(model, inputs, example_loss)
         with recording(coverage, num_units) as record:
             losses = checked_losses(example_loss(model, inputs), num_units)
-            found = _Contributions(coverage, record.uses, num_units)
-            record.backward(losses, list(coverage.parameters), found.add)
-        return losses.detach(), found.factors()
+            yield Pass(coverage, record, losses, num_units)
 
     def _checked_coverage(
         self, model: nn.Module, inputs: Mapping[str, Any], example_loss: ExampleLoss
@@ -78,43 +76,67 @@ class Recorder:
         return coverage
 
 
-class _Contributions:
-    """What the calls of a backward pass add to each parameter's factor, taken as they come."""
+class Pass:
+    """A forward pass that was run under taps.
 
-    def __init__(self, coverage: Coverage, uses: Mapping[int, int], num_units: int) -> None:
-        self.coverage = coverage
-        self.uses = uses
-        self.num_units = num_units
+    Attributes:
+        losses: One loss per unit, ``(B,)``, detached.
+    """
+
+    def __init__(
+        self, coverage: Coverage, record: Recording, losses: Tensor, num_units: int
+    ) -> None:
+        """Made by `Recorder.forward`."""
+        self.losses = losses.detach()
+        self._with_graph = losses
+        self._coverage = coverage
+        self._record = record
+        self._num_units = num_units
         self._names = {id(p): name for name, p in coverage.parameters.items()}
-        self._parts: dict[str, list[Factor]] = defaultdict(list)
 
-    def add(self, call: Call) -> None:
-        """Apply the call's rule; a parameter used once can settle on its form at once."""
-        with full_precision(call.output_grads.device):
-            for parameter, factor in self._answers(call):
-                if self.uses[id(parameter)] == 1:
-                    factor.settle()
-                self._parts[self._names[id(parameter)]].append(factor)
+    def backward(self, on_factor: OnFactor, *, again: bool = False) -> None:
+        """Run the backward pass; parameter names and factors reach `on_factor` as they are complete.
 
-    def factors(self) -> dict[str, Factor]:
-        """One factor for each parameter that took part, in the model's order."""
-        with torch.no_grad():
-            return {
-                name: combine(self._parts[name])
-                for name in self.coverage.parameters
-                if name in self._parts
-            }
+        Args:
+            on_factor: Called once for each trainable parameter that took part, gradients off and in
+                full precision.
+            again: Keep the graph, for one more backward pass with the same dropout masks.
+
+        Raises:
+            UncoveredParameterError: Some gradient cannot be told apart by example.
+        """
+        parts: dict[str, list[Factor]] = defaultdict(list)
+        left = self._record.uses.copy()
+
+        def add(call: Call) -> None:
+            with full_precision(call.output_grads.device):
+                for parameter, factor in self._answers(call):
+                    parts[self._names[id(parameter)]].append(factor)
+                for parameter in call.point.parameters:
+                    left[id(parameter)] -= 1
+                    if left[id(parameter)] == 0:
+                        complete(self._names[id(parameter)])
+                    elif left[id(parameter)] < 0:  # its norm was taken without this part
+                        raise _used_again(self._names[id(parameter)])
+
+        def complete(name: str) -> None:
+            on_factor(name, combine(parts.pop(name)))
+
+        self._record.backward(self._with_graph, list(self._coverage.parameters), add, again=again)
+        with full_precision(self.losses.device):
+            for name in list(parts):  # not every call reached the losses
+                complete(name)
 
     def _answers(self, call: Call) -> list[tuple[nn.Parameter, Factor]]:
         point = call.point
-        axes = self.coverage.axes or {}
-        if self.num_units > 1 and point.method == "forward" and point.name not in axes:
+        axes = self._coverage.axes or {}
+        if self._num_units > 1 and point.method == "forward" and point.name not in axes:
             raise UncoveredParameterError(
                 f"module {point.name!r} took part for some examples only: expected every module with "
                 "trainable parameters to run for the first examples too, which shows where its input "
                 "has the examples. Use engine='sequential', or freeze it."
             )
-        answers = list(point.rule(point.module, call.inputs, call.output_grads, self.num_units))
+        answers = list(point.rule(point.module, call.inputs, call.output_grads, self._num_units))
         answered = {id(parameter) for parameter, _ in answers}
         if answered != {id(parameter) for parameter in point.parameters}:
             raise UncoveredParameterError(
@@ -123,3 +145,11 @@ class _Contributions:
                 "others would not be clipped. Mend the rule, or use engine='sequential'."
             )
         return answers
+
+
+def _used_again(name: str) -> UncoveredParameterError:
+    return UncoveredParameterError(
+        f"parameter {name!r}: expected every use of it in the forward pass. One came up in the backward "
+        "pass only, so the gradient's norm would be taken without it. Use "
+        "gradient_checkpointing_kwargs={'use_reentrant': False}, or engine='sequential'."
+    )

@@ -64,7 +64,7 @@ class Factor(ABC):
         """The same gradients written out, ``(B, *shape)``."""
 
     def settle(self) -> None:
-        """Take the form that is cheapest to keep; called at once where nothing will be merged in."""
+        """Take the form that is cheapest to keep until the sum; nothing will be merged in any more."""
         return
 
     def merged(self, other: Factor) -> Factor | None:

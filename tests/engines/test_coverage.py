@@ -181,7 +181,7 @@ def twice(module: nn.Module, x: Tensor, g: Tensor, n: int) -> Iterator[tuple[Any
     [
         (half, r"Linear \('second'\) answered for 1 of 2 trainable parameters"),
         (nothing, "answered for 0 of 2"),
-        (narrow, r"parameter 'first\.bias' gave gradients of shape \(1,\): expected \(6,\)"),
+        (narrow, r"parameter 'second\.bias' gave gradients of shape \(1,\): expected \(6,\)"),
     ],
 )
 def test_a_rule_that_does_not_answer_in_full_is_refused(rule: Any, message: str) -> None:
