@@ -9,12 +9,14 @@ from hf_dp.engines.automatic import AutomaticEngine
 from hf_dp.engines.base import ExampleLoss, GradientEngine
 from hf_dp.engines.book_keeping import BookKeepingEngine
 from hf_dp.engines.sequential import SequentialEngine
+from hf_dp.engines.two_pass import TwoPassEngine
 from hf_dp.layers.base import LayerRules
 from hf_dp.layers.recognise import DEFAULT_LAYER_RULES
 
 ENGINES: Mapping[str, Callable[[LayerRules], GradientEngine]] = {
     "auto": AutomaticEngine,
     "book_keeping": BookKeepingEngine,
+    "two_pass": TwoPassEngine,
     "sequential": lambda _: SequentialEngine(),
 }
 
@@ -32,5 +34,6 @@ __all__ = [
     "ExampleLoss",
     "GradientEngine",
     "SequentialEngine",
+    "TwoPassEngine",
     "engine_named",
 ]

@@ -69,6 +69,7 @@ class DPArguments:
         default="auto",
         metadata={
             "help": "How gradients are clipped per example: 'book_keeping' (one backward pass), "
+            "'two_pass' (less memory under gradient checkpointing), "
             "'sequential' (one example at a time), or 'auto'."
         },
     )

@@ -36,7 +36,7 @@ def clipped_sum(
         model: Trainable parameters are those with ``requires_grad``; its mode is left as it is.
         batch: What the model takes, labels included; tensors have the examples first, ``(B, ...)``.
         clipping_norm: Bound on each example's share, > 0.
-        engine: "book_keeping", "sequential", or "auto", which falls back to the second.
+        engine: "book_keeping", "two_pass", "sequential", or "auto", which chooses and falls back.
         example_loss: ``(model, batch) -> (B,)`` losses, each from its own row alone. By default the
             loss that the model itself returns for the example alone.
         layer_rules: Module type -> rule.

@@ -13,7 +13,7 @@ from hf_dp.engines import engine_named
 from hf_dp.engines.base import ExampleLoss
 from hf_dp.sums import ClippedSum
 
-ENGINES = ["book_keeping", "sequential", "auto"]
+ENGINES = ["book_keeping", "two_pass", "sequential", "auto"]
 ROUNDING = 1 + 1e-6
 C = 0.5
 

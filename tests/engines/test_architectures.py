@@ -44,7 +44,7 @@ def against_the_loop(model: nn.Module, inputs: Batch, clipping_norm: float | Non
     if clipping_norm is None:
         clipping_norm = half_clipped(naive(model, inputs, 1.0).norms)
     expected = naive(model, inputs, clipping_norm)
-    for engine in ("book_keeping", "sequential", "auto"):
+    for engine in ("book_keeping", "two_pass", "sequential", "auto"):
         found = clipped_sum(
             model, inputs, clipping_norm=clipping_norm, engine=engine, example_loss=own_losses
         )
@@ -55,7 +55,7 @@ def as_people_call_it(model: nn.Module, inputs: Batch) -> None:
     """In float32, on the loss that the model itself returns for one example."""
     clipping_norm = half_clipped(naive(model, inputs, 1.0, hosts_loss).norms)
     expected = naive(model, inputs, clipping_norm, hosts_loss)
-    for engine in ("book_keeping", "sequential"):
+    for engine in ("book_keeping", "two_pass", "sequential"):
         found = clipped_sum(model, inputs, clipping_norm=clipping_norm, engine=engine)
         assert_same_sum(found, expected, 1e-5)
 
@@ -116,7 +116,7 @@ def test_explicit_position_ids_equal_the_loop(shared: bool) -> None:
     positions = torch.arange(width)[None]
     expected = naive(model, inputs, 0.5)
     inputs["position_ids"] = positions if shared else positions.repeat(rows, 1)
-    for engine in ("book_keeping", "sequential"):
+    for engine in ("book_keeping", "two_pass", "sequential"):
         found = clipped_sum(
             model, inputs, clipping_norm=0.5, engine=engine, example_loss=own_losses
         )

@@ -285,7 +285,7 @@ def test_the_method_of_a_relative_bias_is_put_back() -> None:
     assert all("compute_bias" not in vars(module) for module in model.modules())
 
 
-@pytest.mark.parametrize("engine", ["book_keeping", "sequential"])
+@pytest.mark.parametrize("engine", ["book_keeping", "two_pass", "sequential"])
 def test_no_engine_writes_to_grad(engine: str) -> None:
     model = Net()
     sentinel = torch.full_like(model.first.weight, 7.0)

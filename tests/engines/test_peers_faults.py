@@ -46,7 +46,7 @@ def long_and_short() -> tuple[nn.Module, Batch]:
     return build("gpt2-lm"), {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-@pytest.mark.parametrize("engine", ["book_keeping", "sequential"])
+@pytest.mark.parametrize("engine", ["book_keeping", "two_pass", "sequential"])
 def test_a_long_example_does_not_rescale_the_short_ones(engine: str) -> None:
     model, inputs = long_and_short()
     bound = 1.01 * float(naive(model, inputs, 1.0).norms.max())  # nobody is clipped
@@ -105,7 +105,7 @@ def test_every_trained_parameter_gets_a_gradient() -> None:
         assert untouched == [], name
 
 
-@pytest.mark.parametrize("engine", ["book_keeping", "sequential", "auto"])
+@pytest.mark.parametrize("engine", ["book_keeping", "two_pass", "sequential", "auto"])
 def test_nothing_is_left_over_from_the_call_before(engine: str) -> None:
     chosen, model = engine_named(engine), build("gpt2-lm")
 

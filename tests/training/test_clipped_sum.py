@@ -47,7 +47,7 @@ def distance(found: Any, expected: dict[str, Tensor]) -> float:
     return float(gap / torch.cat([g.flatten() for g in expected.values()]).norm())
 
 
-@pytest.mark.parametrize("engine", ["auto", "book_keeping", "sequential"])
+@pytest.mark.parametrize("engine", ["auto", "book_keeping", "two_pass", "sequential"])
 @pytest.mark.parametrize("double", [False, True])
 def test_it_equals_a_loop_over_the_examples(engine: str, double: bool) -> None:
     model, inputs = tiny_bert(), collate(ROWS)
@@ -84,7 +84,7 @@ def test_only_what_is_trainable_is_summed() -> None:
     assert set(result.grads) == {"classifier.weight", "classifier.bias"}
 
 
-@pytest.mark.parametrize("engine", ["auto", "book_keeping", "sequential"])
+@pytest.mark.parametrize("engine", ["auto", "book_keeping", "two_pass", "sequential"])
 def test_a_loss_of_ones_own(engine: str) -> None:
     def loss(model: nn.Module, inputs: Any) -> Tensor:
         logits = model(
@@ -196,7 +196,7 @@ def test_a_parameter_without_a_rule_is_refused_or_taken_one_by_one() -> None:
     assert distance(result.grads, loop(model, inputs, 1.0)[0]) < 1e-5
 
 
-@pytest.mark.parametrize("engine", ["auto", "book_keeping", "sequential"])
+@pytest.mark.parametrize("engine", ["auto", "book_keeping", "two_pass", "sequential"])
 def test_a_model_that_trains_nothing_is_refused(engine: str) -> None:
     model = tiny_bert().requires_grad_(False)
     with pytest.raises(ConfigurationError, match="requires_grad"):

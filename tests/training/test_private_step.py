@@ -73,7 +73,7 @@ def naive_dp_sgd(
     return [p.detach() for p in model.parameters()]
 
 
-@pytest.mark.parametrize("engine", ["book_keeping", "sequential"])
+@pytest.mark.parametrize("engine", ["book_keeping", "two_pass", "sequential"])
 @pytest.mark.parametrize("private_loss", [False, True])
 def test_the_weights_are_those_of_an_independent_dp_sgd(
     tmp_path: Path, engine: str, private_loss: bool

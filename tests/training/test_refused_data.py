@@ -164,7 +164,7 @@ class Instance(nn.Module):
         return self.norm(x[:, None])[:, 0]
 
 
-@pytest.mark.parametrize("engine", ["book_keeping", "sequential"])
+@pytest.mark.parametrize("engine", ["book_keeping", "two_pass", "sequential"])
 @pytest.mark.parametrize("layer", [Running(True), Running(False), Instance()], ids=str)
 def test_statistics_of_private_examples_are_not_kept(
     tmp_path: Path, layer: nn.Module, engine: str

@@ -1,0 +1,107 @@
+"""Two backward passes over one graph: the first for norms, the second for sums; nothing is kept between.
+
+Book-keeping keeps every layer's input and output gradient until the norms are known. Under gradient
+checkpointing that is most of what checkpointing saved. Here each layer's factor is dropped as soon as
+it was used, at the price of a second backward pass without weight gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from hf_dp.clipping.base import ClippingPolicy
+from hf_dp.clipping.loss import LossRelease
+from hf_dp.engines.base import (
+    ExampleLoss,
+    GradientEngine,
+    empty_sum,
+    gradient_clipping,
+    released_losses,
+)
+from hf_dp.engines.precision import full_precision
+from hf_dp.engines.recorder import Recorder
+from hf_dp.engines.rows import batch_size
+from hf_dp.engines.shares import Shares, cancelling
+from hf_dp.layers.base import LayerRules
+from hf_dp.layers.factors import Factor, wide
+from hf_dp.layers.recognise import DEFAULT_LAYER_RULES
+from hf_dp.sums import ClippedSum
+
+
+class TwoPassEngine(GradientEngine):
+    """Vectorised per-example clipping in little memory.
+
+    Cost: with F the forward pass, 4 F plus norms where plain training takes 3 F; with gradient
+    checkpointing 6 F where it takes 4 F.
+    """
+
+    name: ClassVar[str] = "two_pass"
+
+    def __init__(self, layer_rules: LayerRules = DEFAULT_LAYER_RULES) -> None:
+        """Use `layer_rules` (module type -> rule); what they lack is recognised by computation."""
+        self.recorder = Recorder(layer_rules)
+
+    def clipped_sum(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        *,
+        example_loss: ExampleLoss,
+        clipping: ClippingPolicy,
+        loss_release: LossRelease | None = None,
+    ) -> ClippedSum:
+        if batch_size(inputs) == 0:
+            return empty_sum(model, loss_release)
+        policy = gradient_clipping(clipping, loss_release)
+        summed = empty_sum(model, None).grads
+        with self.recorder.forward(model, inputs, example_loss) as passed:
+            norms = _Norms(passed.losses)
+            passed.backward(norms.measure, again=True)
+            with full_precision(passed.losses.device):
+                apart = cancelling(norms.total(), norms.uncancelled, policy.sensitivity).nonzero()
+            if len(apart):
+                norms.apart = apart
+                passed.backward(norms.measure_apart, again=True)
+            with full_precision(passed.losses.device):
+                total = norms.total()
+                dropped = ~torch.isfinite(total)
+                weights = policy.weights(norms.squared)
+                shares = Shares(dropped, apart)
+
+            def add(name: str, factor: Factor) -> None:
+                shares.add(summed[name], name, factor, weights[name])
+
+            passed.backward(add)
+        return ClippedSum(
+            grads=summed,
+            norms=total.sqrt(),
+            losses=passed.losses,
+            loss_sum=released_losses(passed.losses, dropped, clipping, loss_release),
+        )
+
+
+class _Norms:
+    """Squared norms per parameter, gathered as factors come and go."""
+
+    def __init__(self, losses: Tensor) -> None:
+        self.bad = ~torch.isfinite(losses)
+        zeros = torch.zeros_like(wide(losses))
+        self.squared: dict[str, Tensor] = {"": zeros.masked_fill(self.bad, torch.inf)}
+        self.uncancelled = zeros
+        self.apart = zeros.new_zeros(0, 1, dtype=torch.long)
+
+    def measure(self, name: str, factor: Factor) -> None:
+        self.squared[name] = factor.squared_norm().clamp_min(0).masked_fill(self.bad, torch.inf)
+        self.uncancelled = self.uncancelled + factor.uncancelled()
+
+    def measure_apart(self, name: str, factor: Factor) -> None:
+        """Norms of the units whose positions cancel, from their gradients written out."""
+        for unit in self.apart:
+            self.squared[name][unit] = factor.select(unit).dense().squared_norm()
+
+    def total(self) -> Tensor:
+        return torch.stack(list(self.squared.values())).sum(0)

@@ -1,0 +1,136 @@
+"""The two-pass engine: one graph, the same masks, and nothing kept between layers."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from engine_zoo import assert_same_sum, batch, build, build_lora, own_losses
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from hf_dp.clipping import FlatClipping
+from hf_dp.engines import engine_named
+from hf_dp.errors import UncoveredParameterError
+from hf_dp.sums import ClippedSum
+
+C = 0.5
+
+
+def clipped(engine: str, model: nn.Module, inputs: dict[str, Any]) -> ClippedSum:
+    return engine_named(engine).clipped_sum(
+        model, inputs, example_loss=own_losses, clipping=FlatClipping(C)
+    )
+
+
+def with_checkpoints(model: nn.Module) -> nn.Module:
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    return model
+
+
+@pytest.mark.parametrize("checkpoints", [False, True])
+@pytest.mark.parametrize("make", [build, build_lora])
+@pytest.mark.parametrize("name", ["bert-cls", "gpt2-lm", "t5-seq2seq"])
+def test_both_passes_see_the_same_dropout_masks(name: str, make: Any, checkpoints: bool) -> None:
+    sums = []
+    for engine in ("book_keeping", "two_pass"):
+        model = make(name, torch.float64).train()
+        assert any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
+        if checkpoints:
+            with_checkpoints(model)
+        clipped(engine, model, batch(name))  # whatever is found out at first is known by now
+        torch.manual_seed(3)
+        sums.append(clipped(engine, model, batch(name)))
+    assert_same_sum(sums[1], sums[0], 1e-12)
+
+
+class _Live(TorchDispatchMode):
+    """Bytes of the storages made under it that are still alive, and their peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._note(tensor.untyped_storage())
+        return result
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._known:
+            self._known.add(key)
+            self.bytes += size
+            self.peak = max(self.peak, self.bytes)
+            weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.bytes -= size
+
+
+@contextmanager
+def live_bytes() -> Iterator[_Live]:
+    with _Live() as mode:
+        yield mode
+
+
+def deep() -> nn.Module:
+    torch.manual_seed(0)
+    config = tf.GPT2Config(
+        vocab_size=11, n_embd=32, n_layer=12, n_head=2, n_positions=64, use_cache=False
+    )
+    return with_checkpoints(tf.GPT2LMHeadModel(config)).train()
+
+
+def test_with_checkpoints_it_keeps_less_than_book_keeping() -> None:
+    ids = torch.randint(11, (16, 64), generator=torch.Generator().manual_seed(1))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    peaks = {}
+    for engine in ("book_keeping", "two_pass"):
+        model, known = deep(), engine_named(engine)
+        for _ in range(2):
+            with live_bytes() as live:
+                known.clipped_sum(model, inputs, example_loss=own_losses, clipping=FlatClipping(C))
+        peaks[engine] = live.peak
+    assert peaks["two_pass"] < 0.6 * peaks["book_keeping"]
+
+
+def test_a_use_in_the_backward_pass_alone_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A norm taken before all parts have come would be too small."""
+    model, inputs = build("bert-cls"), batch("bert-cls")
+    known = engine_named("two_pass")
+
+    def run() -> ClippedSum:
+        return known.clipped_sum(model, inputs, example_loss=own_losses, clipping=FlatClipping(C))
+
+    run()
+    from hf_dp.engines import recorder
+
+    forward = recorder.recording
+
+    @contextmanager
+    def forgetful(*args: Any) -> Iterator[Any]:
+        with forward(*args) as record:
+            backward = record.backward
+
+            def fewer(*args: Any, **kwargs: Any) -> None:
+                record.uses.subtract(record.uses.keys())
+                backward(*args, **kwargs)
+
+            record.backward = fewer
+            yield record
+
+    monkeypatch.setattr(recorder, "recording", forgetful)
+    with pytest.raises(UncoveredParameterError, match="One came up in the backward pass only"):
+        run()
