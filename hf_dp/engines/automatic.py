@@ -1,4 +1,4 @@
-"""Book-keeping where every trainable parameter has a rule, else one example at a time, said aloud."""
+"""The engine that fits the model: one pass, two under gradient checkpointing, one by one if need be."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from torch import nn
 
 from hf_dp.clipping.base import ClippingPolicy
 from hf_dp.clipping.loss import LossRelease
-from hf_dp.engines.base import ExampleLoss, GradientEngine
+from hf_dp.engines.base import ExampleLoss, GradientEngine, empty_sum
 from hf_dp.engines.book_keeping import BookKeepingEngine
+from hf_dp.engines.rows import batch_size
 from hf_dp.engines.sequential import SequentialEngine
+from hf_dp.engines.two_pass import TwoPassEngine
 from hf_dp.errors import UncoveredParameterError
 from hf_dp.layers.base import LayerRules
 from hf_dp.layers.recognise import DEFAULT_LAYER_RULES
@@ -20,19 +22,23 @@ from hf_dp.sums import ClippedSum
 
 logger = logging.getLogger(__name__)
 
+# With fewer trainable parameters, as with adapters, book-keeping keeps next to nothing.
+_MOSTLY_TRAINED = 0.1
+
 
 class AutomaticEngine(GradientEngine):
-    """Book-keeping until it meets what it does not cover, from then on the sequential engine.
+    """Chooses at the first batch, and takes the sequential engine when the choice meets its limits.
 
-    The switch comes before anything of that micro-batch is released, and both engines compute the
+    That switch comes before anything of that micro-batch is released, and all engines compute the
     same sum, so it may happen at any step.
     """
 
     name: ClassVar[str] = "auto"
 
     def __init__(self, layer_rules: LayerRules = DEFAULT_LAYER_RULES) -> None:
-        """Pass `layer_rules` on to the book-keeping engine."""
-        self.chosen: GradientEngine = BookKeepingEngine(layer_rules)
+        """Pass `layer_rules` on to the engine chosen."""
+        self.layer_rules = layer_rules
+        self.chosen: GradientEngine | None = None
 
     def clipped_sum(
         self,
@@ -43,8 +49,14 @@ class AutomaticEngine(GradientEngine):
         clipping: ClippingPolicy,
         loss_release: LossRelease | None = None,
     ) -> ClippedSum:
-        def with_chosen() -> ClippedSum:
-            return self.chosen.clipped_sum(
+        if batch_size(inputs) == 0:
+            return empty_sum(model, loss_release)
+        if self.chosen is None:
+            vectorised = TwoPassEngine if keeps_too_much(model) else BookKeepingEngine
+            self.chosen = vectorised(self.layer_rules)
+
+        def summed_by(engine: GradientEngine) -> ClippedSum:
+            return engine.clipped_sum(
                 model,
                 inputs,
                 example_loss=example_loss,
@@ -53,7 +65,7 @@ class AutomaticEngine(GradientEngine):
             )
 
         try:
-            return with_chosen()
+            return summed_by(self.chosen)
         except UncoveredParameterError as reason:
             self.chosen = SequentialEngine()
             logger.warning(
@@ -61,4 +73,11 @@ class AutomaticEngine(GradientEngine):
                 "with batches of one. Reason: %s",
                 reason,
             )
-        return with_chosen()
+        return summed_by(self.chosen)
+
+
+def keeps_too_much(model: nn.Module) -> bool:
+    """Whether book-keeping would keep most of what gradient checkpointing frees."""
+    checkpoints = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return checkpoints and trained > _MOSTLY_TRAINED * sum(p.numel() for p in model.parameters())

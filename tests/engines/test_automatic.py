@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_zoo import Batch, assert_same_sum, naive
+from engine_zoo import Batch, assert_same_sum, batch, build, naive, own_losses
 from torch import Tensor, nn
 from torch.nn import functional as F
 from toy_nets import C, Net, data, squares
@@ -19,6 +19,7 @@ from hf_dp.engines import (
     BookKeepingEngine,
     GradientEngine,
     SequentialEngine,
+    TwoPassEngine,
     engine_named,
 )
 from hf_dp.errors import ConfigurationError, HfDpError
@@ -71,7 +72,28 @@ def test_an_uncovered_model_is_taken_one_by_one_and_said_once(
 def test_an_empty_batch_decides_nothing() -> None:
     engine, model = AutomaticEngine(), Uncovered()
     chosen_sum(engine, model, {"x": torch.zeros(0, 3, 6, dtype=torch.float64)})
-    assert isinstance(engine.chosen, BookKeepingEngine)
+    assert engine.chosen is None
+
+
+@pytest.mark.parametrize(
+    ("trained", "checkpoints", "expected"),
+    [
+        ("", False, BookKeepingEngine),
+        ("", True, TwoPassEngine),
+        ("classifier", True, BookKeepingEngine),
+    ],
+)
+def test_checkpointing_of_a_model_that_is_mostly_trained_takes_two_passes(
+    trained: str, checkpoints: bool, expected: type
+) -> None:
+    engine, model = AutomaticEngine(), build("bert-cls")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(trained))
+    if checkpoints:
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    engine.clipped_sum(model, batch("bert-cls"), example_loss=own_losses, clipping=FlatClipping(C))
+    assert type(engine.chosen) is expected
 
 
 def test_what_turns_up_uncovered_later_is_still_exact() -> None:
