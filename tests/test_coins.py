@@ -12,6 +12,7 @@ import pytest
 import torch
 from scipy import stats
 
+from hf_dp import coins as coins_module
 from hf_dp.coins import Coins, FixedCoins, SecretCoins
 
 FALSE_ALARM = 1e-6  # of each statistical test below
@@ -137,12 +138,44 @@ def test_draws_that_are_only_nearly_normal_are_seen() -> None:
 def test_the_tail_reaches_beyond_eight_deviations_and_never_to_infinity(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for byte in (0, 255):
-        monkeypatch.setattr(os, "urandom", lambda count, byte=byte: bytes([byte]) * count)
+    lowest, highest = (1 << 63).to_bytes(8, "little"), ((1 << 63) - 1).to_bytes(8, "little")
+    for word in (lowest, highest):
+        monkeypatch.setattr(
+            coins_module, "_secret_bytes", lambda count, word=word: bytearray(word * (count // 8))
+        )
         drawn = SecretCoins().normal_like(torch.zeros(4, dtype=torch.float64))
         assert bool(torch.isfinite(drawn).all())
-        if byte == 0:
+        if word == lowest:
             assert 8 < float(drawn.abs().max()) < 9
+
+
+def test_every_draw_of_noise_is_keyed_anew_by_the_operating_system(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    events: list[Any] = []
+    monkeypatch.setattr(os, "urandom", lambda count: bytes([7]) * count)
+    monkeypatch.setattr(coins_module.ssl, "RAND_add", lambda key, bits: events.append((key, bits)))
+    drawn = coins_module.ssl.RAND_bytes
+    monkeypatch.setattr(
+        coins_module.ssl, "RAND_bytes", lambda count: events.append(count) or drawn(count)
+    )
+    monkeypatch.setattr(coins_module, "_BLOCK", 8)
+    SecretCoins().normal_like(torch.zeros(12))
+    key = (bytes([7]) * 48, 48.0)
+    assert events == [key, 64, key, 32]
+
+
+@pytest.mark.statistical
+def test_without_openssl_the_operating_system_gives_every_bit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(coins_module, "ssl", None)
+    asked: list[int] = []
+    real = os.urandom
+    monkeypatch.setattr(os, "urandom", lambda count: asked.append(count) or real(count))
+    drawn = SecretCoins().normal_like(torch.zeros(400_000))
+    assert sum(asked) == 8 * 400_000
+    assert looks_normal(drawn.numpy())
 
 
 # ---- fixed -----------------------------------------------------------------------------------------
