@@ -110,6 +110,11 @@ class PrivacyReport:
             found.append(
                 "Exact quantities were logged under nonprivate/; they are outside the guarantee."
             )
+        if self.header.get("preflight") is False:
+            found.append(
+                "The preflight was switched off: that the examples of a batch do not influence one another, "
+                "and that the engine clips this model's gradients as plain autograd would, was not checked."
+            )
         if self.torn:
             found.append("The last line of the ledger was cut short; it is counted as a release.")
         if self.guarantee.relation is NeighboringRelation.REPLACE_SPECIAL:

@@ -92,6 +92,19 @@ class DPArguments:
             "classes or the vocabulary."
         },
     )
+    max_tokens_per_micro_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Cut each logical batch into micro-batches of at most so many tokens, padding included, "
+            "instead of per_device_train_batch_size examples. A matter of memory and speed alone."
+        },
+    )
+    preflight: bool = field(
+        default=True,
+        metadata={
+            "help": "Before the first step, check engine, loss and clipping on made-up examples."
+        },
+    )
     nonprivate_metrics: bool = field(
         default=False,
         metadata={
@@ -173,6 +186,14 @@ class DPArguments:
                 self.loss_ceiling,
                 "Losses are clipped to it before they are released.",
                 "Use about twice the loss of a model that guesses.",
+            )
+
+        if self.max_tokens_per_micro_batch is not None:
+            positive(
+                "DPArguments.max_tokens_per_micro_batch",
+                self.max_tokens_per_micro_batch,
+                "It is how many tokens are in memory at once.",
+                "Use a few thousand, or None for per_device_train_batch_size examples.",
             )
 
     def _check_choices(self) -> None:

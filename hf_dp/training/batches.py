@@ -52,26 +52,49 @@ def drawn(inputs: Any) -> LogicalBatch:
 
 
 class LogicalBatchCollator:
-    """Orders a draw by length and collates it in micro-batches of at most `micro_batch_size`.
+    """Orders a draw by length and collates it in micro-batches.
 
     The order inside a draw is free of privacy cost: the sum does not depend on it.
     """
 
-    def __init__(self, collator: Collator, micro_batch_size: int, length_key: str) -> None:
-        """Wrap the Trainer's own `collator`; `length_key` names the field whose length counts."""
+    def __init__(
+        self,
+        collator: Collator,
+        micro_batch_size: int,
+        length_key: str,
+        max_tokens: int | None = None,
+    ) -> None:
+        """Wrap the Trainer's own collator.
+
+        Args:
+            collator: Makes a batch of examples.
+            micro_batch_size: Examples in a micro-batch, at most.
+            length_key: The field whose length counts.
+            max_tokens: Examples times longest length in a micro-batch, at most, in place of
+                `micro_batch_size`; an example longer than that is a micro-batch by itself.
+        """
         self.collator = collator
         self.micro_batch_size = micro_batch_size
         self.length_key = length_key
+        self.max_tokens = max_tokens
 
     def __call__(self, examples: list[Any]) -> LogicalBatch:
         """Collate one draw; an empty one gives no micro-batch."""
         ordered = sorted(examples, key=self._length, reverse=True)
-        size = self.micro_batch_size
-        pieces = [ordered[start : start + size] for start in range(0, len(ordered), size)]
-        batches = [self._collated(piece) for piece in pieces]
-        if size > 1 and batches:
+        batches = [self._collated(piece) for piece in self._pieces(ordered)]
+        if batches and (self.micro_batch_size > 1 or self.max_tokens is not None):
             self._require_marked_padding(ordered, batches)
         return LogicalBatch(batches)
+
+    def _pieces(self, ordered: list[Any]) -> Iterator[list[Any]]:
+        start = 0
+        while start < len(ordered):
+            longest = self._length(ordered[start])
+            size = self.micro_batch_size
+            if self.max_tokens is not None and longest > 0:
+                size = max(1, self.max_tokens // longest)
+            yield ordered[start : start + size]
+            start += size
 
     def _collated(self, piece: list[Any]) -> Any:
         """One micro-batch; rows are clipped one by one, so each must be one whole example."""
@@ -103,7 +126,7 @@ class LogicalBatchCollator:
                     "Return attention_mask from the collator (DataCollatorWithPadding does), or pad all "
                     "examples to one length in the dataset.",
                 )
-            if isinstance(mask, torch.Tensor) and mask.dim() == 2 and bool((mask[:, 0] == 0).any()):
+            if isinstance(mask, torch.Tensor) and mask.dim() == 2 and _padded_on_the_left(mask):
                 raise self._refusal(
                     "padding on the right",
                     "Set tokenizer.padding_side = 'right', or per_device_train_batch_size=1 (the logical "
@@ -123,6 +146,11 @@ class LogicalBatchCollator:
             return len(example[self.length_key])
         except (TypeError, KeyError, IndexError):
             return 0
+
+
+def _padded_on_the_left(mask: torch.Tensor) -> bool:
+    """Whether any row, ``(B, T)``, begins with padding; an empty one does not."""
+    return bool(((mask[:, 0] == 0) & mask.any(1)).any())
 
 
 class LogicalBatchSampler(Sampler[list[int]]):
@@ -150,7 +178,11 @@ class LogicalBatchSampler(Sampler[list[int]]):
 
 
 class _Indexed(torch.utils.data.Dataset[Any]):
-    """A map-style dataset read one example at a time, so that an empty draw needs no special case."""
+    """A map-style dataset read one example at a time.
+
+    A transform that is applied on reading (`datasets.Dataset.set_transform`) would otherwise see a whole
+    draw at once, and could join its examples or make several rows, each clipped by itself, of one.
+    """
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -162,10 +194,6 @@ class _Indexed(torch.utils.data.Dataset[Any]):
         return self.dataset[index]
 
     def __getitems__(self, indices: list[int]) -> list[Any]:
-        if not indices:
-            return []
-        if hasattr(self.dataset, "__getitems__"):
-            return list(self.dataset.__getitems__(indices))
         return [self.dataset[index] for index in indices]
 
 
@@ -174,6 +202,7 @@ def logical_loader(
     sampler: LogicalBatchSampler,
     micro_batch_size: int,
     length_key: str,
+    max_tokens: int | None = None,
 ) -> DataLoader[LogicalBatch]:
     """A loader of logical batches with the dataset, collator and workers of the Trainer's own.
 
@@ -184,7 +213,7 @@ def logical_loader(
     return DataLoader(
         _Indexed(host.dataset),
         batch_sampler=sampler,
-        collate_fn=LogicalBatchCollator(host.collate_fn, micro_batch_size, length_key),
+        collate_fn=LogicalBatchCollator(host.collate_fn, micro_batch_size, length_key, max_tokens),
         num_workers=host.num_workers,
         pin_memory=host.pin_memory and torch.accelerator.is_available(),
         persistent_workers=host.persistent_workers,

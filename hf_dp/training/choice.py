@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_dp.engines.rows import row
 from hf_dp.training.alone import ComputeLoss, ExampleLoss, definition_loss
 from hf_dp.training.losses import choose_example_loss, is_coarse
-from hf_dp.training.made_up import LENGTHS, made_up_rows
+from hf_dp.training.made_up import each_alone, made_up_rows
 
 logger = logging.getLogger(__name__)
 
@@ -30,12 +29,14 @@ class Choice:
         is_definition: Whether it is `compute_loss`, called for one example at a time.
         alone: Whether each example must be collated by itself, since padding changes its loss.
         description: For the log.
+        rows: The made-up examples on which it was tried, as one batch; None where there are none.
     """
 
     example_loss: ExampleLoss
     is_definition: bool
     alone: bool
     description: str
+    rows: Mapping[str, Any] | None = None
 
 
 def choose(
@@ -60,15 +61,15 @@ def choose(
     """
     rows = _rows(model, columns)
     if given is not None:
-        return Choice(given, False, _padding_matters(given, model, rows), "given by the user")
+        return Choice(given, False, _padding_matters(given, model, rows), "given by the user", rows)
     found = None
     if trusted and rows is not None:
         found = _vectorised(model, rows, compute_loss, label_smoothing)
     if found is None:
         definition = definition_loss(compute_loss)
-        return Choice(definition, True, True, "compute_loss, one example at a time")
+        return Choice(definition, True, True, "compute_loss, one example at a time", rows)
     loss, description = found
-    return Choice(loss, False, _padding_matters(loss, model, rows), description)
+    return Choice(loss, False, _padding_matters(loss, model, rows), description, rows)
 
 
 def announce(choice: Choice) -> None:
@@ -115,9 +116,7 @@ def _padding_matters(loss: ExampleLoss, model: nn.Module, rows: Mapping[str, Any
             module.training = False
         with torch.no_grad():
             together = loss(model, rows)
-            single = torch.cat(
-                [loss(model, _cut(row(rows, i), LENGTHS[i])) for i in range(len(LENGTHS))]
-            )
+            single = torch.cat([loss(model, one) for one in each_alone(rows)])
         tolerance = _HALF_TOLERANCE if is_coarse(model) else _TOLERANCE
         return not torch.allclose(together, single, rtol=tolerance, atol=tolerance)
     except Exception as error:  # the loss is foreign code
@@ -126,14 +125,3 @@ def _padding_matters(loss: ExampleLoss, model: nn.Module, rows: Mapping[str, Any
     finally:
         for module, mode in training:
             module.training = mode
-
-
-def _cut(example: Mapping[str, Any], length: int) -> dict[str, Any]:
-    """A made-up example without its padding."""
-    full = max(LENGTHS)
-    return {
-        name: value[:, :length]
-        if isinstance(value, torch.Tensor) and value.dim() >= 2 and value.shape[1] == full
-        else value
-        for name, value in example.items()
-    }

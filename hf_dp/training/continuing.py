@@ -48,12 +48,14 @@ def open_ledger(
     path = output_dir / LEDGER_NAME
     if checkpoint is not None:
         _require_ledger(checkpoint)
-        for copy in _copies_of_run(checkpoint, output_dir):
-            merge_ledgers(path, copy)
-    elif path.exists() and read_ledger(path).num_releases == 0:
-        _remove_empty(path)
-    elif known_run is not None and not fresh_weights and _run_of(path) != known_run:
-        raise _forgotten(path)
+    origin = path if checkpoint is None else checkpoint / LEDGER_NAME
+    for copy in _copies_of_run(origin, output_dir):
+        merge_ledgers(path, copy)
+    if checkpoint is None:
+        if path.exists() and read_ledger(path).num_releases == 0:
+            _remove_empty(path)
+        elif known_run is not None and not fresh_weights and _run_of(path) != known_run:
+            raise _forgotten(path)
     if not path.exists():
         _refuse_copies(output_dir, None)
         return Ledger.create(path, header)
@@ -70,13 +72,14 @@ def open_ledger(
     return ledger
 
 
-def _copies_of_run(checkpoint: Path, output_dir: Path) -> Iterator[Path]:
-    """The checkpoint's ledger, then every other copy of the same run within reach."""
-    own = checkpoint / LEDGER_NAME
-    yield own
-    for folder in {checkpoint.resolve().parent, output_dir.resolve()}:
+def _copies_of_run(origin: Path, output_dir: Path) -> Iterator[Path]:
+    """The ledger `origin`, if it exists, then every other copy of the same run within reach."""
+    if not origin.exists():
+        return
+    yield origin
+    for folder in {origin.resolve().parent, origin.resolve().parent.parent, output_dir.resolve()}:
         for copy in (folder / LEDGER_NAME, *sorted(folder.glob(_COPIES))):
-            if copy.exists() and _run_of(copy) == _run_of(own):
+            if copy.exists() and _run_of(copy) == _run_of(origin):
                 yield copy
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_dp.engines.rows import row
 from hf_dp.training.reductions import IGNORED
 from hf_dp.training.tasks import unwrapped
 from hf_dp.training.vectorised import logits_of, without_targets
@@ -42,6 +43,21 @@ def made_up_rows(model: nn.Module, columns: Mapping[str, Any]) -> dict[str, Any]
     if isinstance(columns.get("labels"), Tensor):
         rows["labels"] = _labels(model, columns["labels"], rows, generator)
     return rows
+
+
+def each_alone(rows: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The same examples, each as a batch of one without its padding."""
+    return [_cut(row(rows, index), length) for index, length in enumerate(LENGTHS)]
+
+
+def _cut(example: Mapping[str, Any], length: int) -> dict[str, Any]:
+    full = max(LENGTHS)
+    return {
+        name: value[:, :length]
+        if isinstance(value, Tensor) and value.dim() >= 2 and value.shape[1] == full
+        else value
+        for name, value in example.items()
+    }
 
 
 def _width(columns: Mapping[str, Any]) -> int | None:

@@ -11,7 +11,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,23 +23,16 @@ from hf_dp.accounting.base import Accountant
 from hf_dp.coins import Coins, SecretCoins
 from hf_dp.engines import ExampleLoss, SequentialEngine, engine_named
 from hf_dp.engines.base import trainable_parameters
-from hf_dp.errors import ConfigurationError, PrivacyError
+from hf_dp.errors import PrivacyError
 from hf_dp.layers import DEFAULT_LAYER_RULES, LayerRules
-from hf_dp.ledger import LEDGER_NAME
 from hf_dp.plan import PrivacyPlan
-from hf_dp.reports.markdown import privacy_section
-from hf_dp.reports.report import PrivacyReport
 from hf_dp.training.arguments import DPArguments, checked
 from hf_dp.training.batches import LogicalBatch, LogicalBatchSampler, drawn, logical_loader
 from hf_dp.training.checkpoints import resolve_checkpoint
 from hf_dp.training.choice import Choice, announce, choose
-from hf_dp.training.lines import (
-    NonPrivateMetrics,
-    forget_exact_metrics,
-    is_training_line,
-    make_private,
-)
+from hf_dp.training.lines import NonPrivateMetrics
 from hf_dp.training.losses import default_loss_ceiling
+from hf_dp.training.memory import MemoryLimit
 from hf_dp.training.planning import Schedule, plan_for, schedule
 from hf_dp.training.refusals import private_copy, refuse_launcher, refuse_options
 from hf_dp.training.refused_parts import (
@@ -48,21 +41,18 @@ from hf_dp.training.refused_parts import (
     refuse_evaluation,
     refuse_model,
 )
+from hf_dp.training.rehearsal import rehearse
+from hf_dp.training.shown import ShownMixin
 from hf_dp.training.spending import Claim, Spending
 from hf_dp.training.step import clipped_sum_of, released_loss, set_gradients
 from hf_dp.training.tasks import recognise_task
-
-if TYPE_CHECKING:
-    from transformers import Trainer as _Host
-else:
-    _Host = object
 
 logger = logging.getLogger(__name__)
 
 _TRUSTED_HOSTS = ("transformers", "trl")  # whose compute_loss is what their models compute
 
 
-class DPTrainerMixin(_Host):
+class DPTrainerMixin(ShownMixin):
     """Put it before a Trainer class: ``class DPSFTTrainer(DPTrainerMixin, SFTTrainer)``.
 
     It takes the Trainer's arguments and these; `dp_args` is the only one that is needed.
@@ -117,6 +107,8 @@ class DPTrainerMixin(_Host):
         self._schedule: Schedule | None = None
         self._spending: Spending | None = None
         self._run_id: str | None = None
+        self._rehearsed = False
+        self._memory = MemoryLimit()
         self._nonprivate = NonPrivateMetrics()
         self._refuse_parts()
         if self.train_dataset is not None:
@@ -132,15 +124,6 @@ class DPTrainerMixin(_Host):
     def plan(self) -> PrivacyPlan:
         """Sampler, clipping, noise and number of steps of the coming run."""
         return self._make_claim().plan
-
-    @property
-    def epsilon(self) -> float:
-        """A proven upper bound on what has been spent so far; 0 before the first release."""
-        return 0.0 if self._spending is None else self._spending.epsilon
-
-    def privacy_report(self) -> PrivacyReport:
-        """What is guaranteed, for whom, under which assumptions, read from the ledger."""
-        return PrivacyReport.from_ledger(Path(self.args.output_dir) / LEDGER_NAME)
 
     def _make_claim(self) -> Claim:
         """Plan and curve, made anew when the arguments or the data changed."""
@@ -161,6 +144,10 @@ class DPTrainerMixin(_Host):
             self._schedule = when
         return self._claim
 
+    def get_total_train_batch_size(self, args: TrainingArguments) -> int:
+        """The expected logical batch, rounded, for the host's messages and throughput."""
+        return round(self._make_claim().plan.expected_batch_size)
+
     # ---- the host's loop ------------------------------------------------------------------------
 
     def train(
@@ -169,6 +156,7 @@ class DPTrainerMixin(_Host):
         """Train, or go on where a checkpoint and its ledger left off."""
         claim = self._make_claim()
         self._refuse_parts()
+        self._rehearsed = not self.dp_args.preflight
         trainable_parameters(self.model)  # refuses a model without any, while nothing is begun
         checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir)
         self._spending = Spending.begin(
@@ -199,11 +187,13 @@ class DPTrainerMixin(_Host):
             claim.plan.sampler, claim.num_examples, self._schedule.steps_per_epoch, self.coins
         )
         host = super().get_train_dataloader()
+        alone = self._settle_loss(host).alone
         return logical_loader(
             host,
             sampler,
-            1 if self._settle_loss(host).alone else self.args.per_device_train_batch_size,
+            1 if alone else self.args.per_device_train_batch_size,
             getattr(self.model, "main_input_name", "input_ids"),
+            None if alone else self.dp_args.max_tokens_per_micro_batch,
         )
 
     def get_batch_samples(
@@ -245,12 +235,14 @@ class DPTrainerMixin(_Host):
             self.optimizer.train()
         batch = drawn(inputs)
         with self.coins.for_library_code():
+            self._rehearse(model, plan)
             summed = clipped_sum_of(
                 model,
                 self._on_device(batch),
                 engine=self.engine,
                 example_loss=self._loss_of_each,
                 plan=plan,
+                limit=self._memory,
             )
         if self.dp_args.nonprivate_metrics:
             self._nonprivate.observe(summed)
@@ -260,6 +252,24 @@ class DPTrainerMixin(_Host):
         )
         set_gradients(model, released, plan.expected_batch_size)
         return released_loss(released, plan, self.args.device)
+
+    def _rehearse(self, model: nn.Module, plan: PrivacyPlan) -> None:
+        """The preflight, once, when host and model are as every step will find them."""
+        if not self._rehearsed:
+            assert self._choice is not None
+            size, budget = (
+                self.args.per_device_train_batch_size,
+                self.dp_args.max_tokens_per_micro_batch,
+            )
+            rehearse(
+                model,
+                self._choice,
+                engine=self.engine,
+                example_loss=self._loss_of_each,
+                plan=plan,
+                one_by_one=size == 1 and budget is None,
+            )
+            self._rehearsed = True
 
     def _open_spending(self) -> Spending:
         if self._spending is None:
@@ -298,53 +308,3 @@ class DPTrainerMixin(_Host):
         assert self._choice is not None
         with self.compute_loss_context_manager():
             return self._choice.example_loss(model, inputs)
-
-    # ---- what people see ------------------------------------------------------------------------
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add epsilon and delta to training lines; leave out what is exact and private."""
-        if self._spending is not None and is_training_line(logs):
-            make_private(logs, self._spending)
-            if self.dp_args.nonprivate_metrics:
-                logs |= self._nonprivate.drain(self._spending)
-            else:
-                forget_exact_metrics(self)
-        super().log(logs, start_time)
-
-    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """The host's evaluation; refused on the training data, whose metrics would be exact."""
-        evaluated = self.eval_dataset if eval_dataset is None else eval_dataset
-        refuse_evaluation(self.train_dataset, evaluated, self.dp_args.nonprivate_metrics)
-        metrics: dict[str, float] = super().evaluate(eval_dataset, *args, **kwargs)
-        return metrics
-
-    def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        """The host's prediction; refused on the training data for the same reason."""
-        refuse_evaluation(self.train_dataset, test_dataset, self.dp_args.nonprivate_metrics)
-        return super().predict(test_dataset, *args, **kwargs)
-
-    def get_total_train_batch_size(self, args: TrainingArguments) -> int:
-        """The expected logical batch, rounded, for the host's messages and throughput."""
-        return round(self._make_claim().plan.expected_batch_size)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Copy the ledger first, then save the model as the host does."""
-        if self._spending is not None:
-            self._spending.copy_to(Path(output_dir or self.args.output_dir))
-        super().save_model(output_dir, _internal_call=_internal_call)
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """The host's model card, followed by what is guaranteed."""
-        super().create_model_card(*args, **kwargs)
-        card = Path(self.args.output_dir) / "README.md"
-        if self.is_world_process_zero() and self._spending is not None:
-            with card.open("a", encoding="utf-8") as file:
-                file.write("\n" + privacy_section(self.privacy_report()))
-
-    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused: every trial spends privacy, and their total is not accounted for."""
-        raise ConfigurationError(
-            "DPTrainer.hyperparameter_search: expected single runs. Every trial spends privacy on the same "
-            "data, and choosing among them spends more. Tune on public data, or run train() per setting and "
-            "add up the epsilons."
-        )

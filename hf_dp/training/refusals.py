@@ -134,6 +134,20 @@ _REFUSED: tuple[Check, ...] = (
         "Set packing=False.",
     ),
     (
+        "debug",
+        _on,
+        "[]",
+        "Its tracing prints activations of private examples, and stops where one of them overflows.",
+        "Leave it out.",
+    ),
+    (
+        "skip_memory_metrics",
+        lambda value: not value,
+        "True",
+        "How much memory a run took tells of the length of the longest example drawn.",
+        "Leave it at True.",
+    ),
+    (
         "padding_free",
         _on,
         "False",

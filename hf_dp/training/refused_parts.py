@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+from types import FunctionType, MethodType
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import IterableDataset
+from transformers import PreTrainedConfig
 
 from hf_dp.errors import ConfigurationError, explain
 
@@ -15,32 +18,20 @@ _CONTRASTIVE = frozenset(
     | {"metaclip_2", "owlvit", "siglip", "siglip2", "vision-text-dual-encoder", "xclip"}
 )
 
+_COMPETING = frozenset({"NllbMoeTop2Router"})
+
 
 def refuse_model(model: nn.Module) -> None:
     """Refuse models whose examples influence one another.
 
     Raises:
-        ConfigurationError: The model has BatchNorm, a router balancing loss or a contrastive loss.
+        ConfigurationError: The model has BatchNorm, tables that look-ups rescale, experts of limited
+            capacity, rotary positions that follow the batch, a router balancing loss or a contrastive
+            loss.
     """
     for name, module in model.named_modules():
-        if isinstance(module, _BatchNorm):
-            raise _coupled(
-                f"model.{name}",
-                type(module).__name__,
-                "no BatchNorm",
-                "Its statistics mix the examples of a batch.",
-                "Replace it by GroupNorm or LayerNorm.",
-            )
+        _refuse_module(f"model.{name}" if name else "model", module)
     config = getattr(model, "config", None)
-    stretched = _rope_types(config) & {"dynamic", "longrope"}
-    if stretched:
-        raise _coupled(
-            "model.config.rope_parameters",
-            sorted(stretched),
-            "rotary positions that do not depend on the length of the batch",
-            "These change with the longest example of a batch, so it would change every gradient.",
-            "Use rope_type 'default', 'linear', 'yarn' or 'llama3'.",
-        )
     if getattr(config, "output_router_logits", False):
         raise _coupled(
             "model.config.output_router_logits",
@@ -59,30 +50,85 @@ def refuse_model(model: nn.Module) -> None:
         )
 
 
+def _refuse_module(name: str, module: nn.Module) -> None:
+    if isinstance(module, _BatchNorm):
+        raise _coupled(
+            name,
+            type(module).__name__,
+            "no BatchNorm",
+            "Its statistics mix the examples of a batch.",
+            "Replace it by GroupNorm or LayerNorm.",
+        )
+    if getattr(module, "max_norm", None) is not None:
+        raise _coupled(
+            f"{name}.max_norm",
+            module.max_norm,
+            "None",
+            "It rescales the rows that a batch looks up, so the table shows which tokens the data holds.",
+            "Set it to None.",
+        )
+    if type(module).__name__ in _COMPETING:
+        raise _coupled(
+            name,
+            type(module).__name__,
+            "a router that sends every token to its experts",
+            "With an expert capacity, the tokens of other examples take an example's place.",
+            "Use a model without expert capacity, such as Mixtral.",
+        )
+    stretched = _rope_types(module) & {"dynamic", "longrope"}
+    if stretched:
+        raise _coupled(
+            f"{name}.config.rope_parameters",
+            sorted(stretched),
+            "rotary positions that do not depend on the length of the batch",
+            "These change with the longest example of a batch, so it would change every gradient.",
+            "Use rope_type 'default', 'linear', 'yarn' or 'llama3'.",
+        )
+
+
 def refuse_collator(collator: object) -> None:
     """Refuse collators that join examples into one row, or draw from a generator of their own.
 
     Raises:
         ConfigurationError: The collator flattens, packs, or has a seed.
     """
-    flattens = "Flattening" in type(collator).__name__ or getattr(collator, "padding_free", False)
-    if flattens:
-        raise _coupled(
-            "data_collator",
-            type(collator).__name__,
-            "one row per example",
-            "A flattened batch is one row, so its examples cannot be told apart.",
-            "Use DataCollatorWithPadding or DataCollatorForSeq2Seq.",
-        )
-    seed = getattr(collator, "seed", None)
-    if seed is not None:
-        raise _coupled(
-            "data_collator.seed",
-            seed,
-            "None",
-            "Masks from a known seed move from one example to the next when an example is missing.",
-            "Leave the seed out: collators draw from secret coins.",
-        )
+    for part in _with_parts(collator):
+        if "Flattening" in type(part).__name__ or getattr(part, "padding_free", False):
+            raise _coupled(
+                "data_collator",
+                type(part).__name__,
+                "one row per example",
+                "A flattened batch is one row, so its examples cannot be told apart.",
+                "Use DataCollatorWithPadding or DataCollatorForSeq2Seq.",
+            )
+        seed = getattr(part, "seed", None)
+        if seed is not None and not callable(seed):
+            raise _coupled(
+                "data_collator.seed",
+                seed,
+                "None",
+                "Masks from a known seed move from one example to the next when an example is missing.",
+                "Leave the seed out: collators draw from secret coins.",
+            )
+
+
+def _with_parts(collator: object) -> list[object]:
+    """The collator, and those that it was made of: wrapped, bound, partly applied."""
+    found: list[object] = []
+    todo = [collator]
+    while todo:
+        part = todo.pop()
+        if callable(part) and not any(part is known for known in found):
+            found.append(part)
+            todo += [getattr(part, name, None) for name in ("func", "__self__", "__wrapped__")]
+            todo += [*getattr(part, "args", ()), *(getattr(part, "keywords", None) or {}).values()]
+            if not isinstance(part, type | nn.Module) and hasattr(part, "__dict__"):
+                todo += [v for v in vars(part).values() if "ollat" in type(v).__name__ or _plain(v)]
+    return found
+
+
+def _plain(value: object) -> bool:
+    return isinstance(value, FunctionType | MethodType | partial)
 
 
 def refuse_dataset(dataset: Any) -> int:
@@ -118,15 +164,20 @@ def refuse_dataset(dataset: Any) -> int:
     return size
 
 
-def _rope_types(config: object) -> set[str]:
-    """Every kind of rotary position in a configuration, whatever version wrote it."""
+def _rope_types(module: nn.Module) -> set[str]:
+    """Every kind of rotary position that a module names or that its configuration sets."""
     found: set[str] = set()
-    todo = [getattr(config, name, None) for name in ("rope_parameters", "rope_scaling")]
+    todo: list[Any] = [getattr(module, "rope_type", None), getattr(module, "config", None)]
     while todo:
         item = todo.pop()
-        if isinstance(item, dict):
+        if isinstance(item, str):
+            found.add(item)
+        elif isinstance(item, dict):
             found |= {str(item[name]) for name in ("rope_type", "type") if name in item}
             todo.extend(value for value in item.values() if isinstance(value, dict))
+        elif isinstance(item, PreTrainedConfig):
+            todo.extend(getattr(item, name, None) for name in ("rope_parameters", "rope_scaling"))
+            todo.extend(part for part in vars(item).values() if isinstance(part, PreTrainedConfig))
     return found
 
 

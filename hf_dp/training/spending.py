@@ -89,6 +89,7 @@ class Claim:
             "target_epsilon": self.target_epsilon,
             "coins": SECRET_COINS if coins.is_secret else FIXED_COINS,
             "nonprivate_metrics": dp_args.nonprivate_metrics,
+            "preflight": dp_args.preflight,
             "packages": _versions(),
         }
 

@@ -12,6 +12,7 @@ from hf_dp.engines.base import ExampleLoss, GradientEngine, empty_sum
 from hf_dp.errors import PrivacyError
 from hf_dp.plan import PrivacyPlan
 from hf_dp.sums import ClippedSum, NoisySum
+from hf_dp.training.memory import MemoryLimit
 
 
 def clipped_sum_of(
@@ -21,51 +22,74 @@ def clipped_sum_of(
     engine: GradientEngine,
     example_loss: ExampleLoss,
     plan: PrivacyPlan,
+    limit: MemoryLimit | None = None,
 ) -> ClippedSum:
     """The clipped sum over all micro-batches of a draw; zeros for an empty draw.
 
+    Args:
+        model: Trainable parameters are those with ``requires_grad``.
+        micro_batches: The draw.
+        engine: Computes the sum over one micro-batch.
+        example_loss: One loss per example.
+        plan: Its clipping and its loss release.
+        limit: What is known of the memory; a micro-batch that does not fit is halved.
+
     Raises:
-        PrivacyError: The model keeps something of the examples in a buffer.
+        PrivacyError: The model keeps something of the examples in a parameter or a buffer.
+        ConfigurationError: An example does not fit in memory even by itself.
     """
-    before = {name: (buffer, _version(buffer)) for name, buffer in model.named_buffers()}
-    summed = empty_sum(model, plan.loss_release)
-    for micro_batch in micro_batches:
-        summed = summed + engine.clipped_sum(
+    before = _versions(model)
+    limit = limit or MemoryLimit()
+
+    def sum_over(inputs: Mapping[str, Any]) -> ClippedSum:
+        return engine.clipped_sum(
             model,
-            micro_batch,
+            inputs,
             example_loss=example_loss,
             clipping=plan.clipping,
             loss_release=plan.loss_release,
         )
-    _refuse_changed_buffers(model, before)
-    return summed
+
+    summed: ClippedSum | None = None
+    for micro_batch in micro_batches:
+        for part in limit.each_part(micro_batch, sum_over):
+            summed = part if summed is None else summed + part
+        _refuse_changes(model, before)
+    return empty_sum(model, plan.loss_release) if summed is None else summed
 
 
-def _refuse_changed_buffers(model: nn.Module, before: Mapping[str, tuple[Tensor, int]]) -> None:
-    """Refuse running statistics: they carry private examples, unnoised, into later steps and the file."""
-    for name, buffer in model.named_buffers():
-        old, version = before.get(name, (buffer, _version(buffer)))
-        if buffer is old:
-            changed = version != _version(buffer)
+def _versions(model: nn.Module) -> dict[str, tuple[Tensor, int]]:
+    """Parameters and buffers, each with the count of its changes in place."""
+    held = (*model.named_parameters(), *model.named_buffers())
+    return {name: (tensor, _version(tensor)) for name, tensor in held}
+
+
+def _refuse_changes(model: nn.Module, before: Mapping[str, tuple[Tensor, int]]) -> None:
+    """Refuse what the forward pass changed: it carries examples, unnoised, into later steps and files."""
+    for name, (tensor, version) in _versions(model).items():
+        old, old_version = before.get(name, (tensor, version))
+        if tensor is old:
+            changed = version != old_version
         else:  # put there anew; a table of positions may grow
-            changed = buffer.shape == old.shape and not torch.equal(buffer, old.to(buffer.device))
+            changed = tensor.shape == old.shape and not torch.equal(tensor, old.to(tensor.device))
         if changed:
             raise PrivacyError(
-                f"model.{name}: expected a buffer that training leaves as it is. It gathers statistics of "
-                "private examples, neither clipped nor noised, and is saved with the model. "
-                "Switch them off (track_running_stats=False), or replace the layer by LayerNorm."
+                f"model.{name}: expected a tensor that the forward pass leaves as it is. It gathers "
+                "something of private examples, neither clipped nor noised, and is saved with the model. "
+                "Switch running statistics off (track_running_stats=False), or replace the layer."
             )
 
 
-def _version(buffer: Tensor) -> int:
-    return 0 if buffer.is_inference() else buffer._version
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def set_gradients(model: nn.Module, released: NoisySum, divisor: float) -> None:
-    """Put the noisy sum, divided by a public constant, where the optimizer looks."""
+    """Put the noisy sum, divided by a public constant, where the optimizer looks; it is used up."""
     for name, parameter in model.named_parameters():
+        parameter.grad = None  # whatever somebody else's backward pass may have left there
         if name in released.grads:
-            parameter.grad = (released.grads[name] / divisor).to(parameter.dtype)
+            parameter.grad = released.grads[name].div_(divisor).to(parameter.dtype)
 
 
 def released_loss(released: NoisySum, plan: PrivacyPlan, device: torch.device) -> Tensor:

@@ -19,6 +19,7 @@ from transformers import Trainer, TrainerCallback
 from hf_dp import DPSeq2SeqTrainer, DPTrainer, DPTrainerMixin
 from hf_dp.errors import PrivacyError
 from hf_dp.ledger import LEDGER_NAME, read_ledger
+from hf_dp.training.shown import ShownMixin
 
 
 class Watched(Trainer):
@@ -232,10 +233,12 @@ def test_epochs_are_counted_by_the_loaders_length(tmp_path: Path, epochs: float)
     assert trainer.state.max_steps == trainer.state.global_step == trainer.plan.num_steps
 
 
+OURS = {**vars(ShownMixin), **vars(DPTrainerMixin)}
+
+
 def test_only_public_methods_are_overridden() -> None:
-    ours = {
-        name for name, value in vars(DPTrainerMixin).items() if callable(value) and hasattr(Trainer, name)
-    }  # fmt: skip
+    assert DPTrainerMixin.__mro__ == (DPTrainerMixin, ShownMixin, object)
+    ours = {name for name, value in OURS.items() if callable(value) and hasattr(Trainer, name)}
     assert ours - {"__init__"} == {
         "train",
         "get_train_dataloader",
@@ -256,7 +259,7 @@ def test_only_public_methods_are_overridden() -> None:
 def test_none_of_our_own_names_is_the_hosts() -> None:
     """A new attribute of the host must not be shadowed by one of ours."""
     trainer_names = set(dir(Trainer))
-    ours = {name for name in vars(DPTrainerMixin) if not name.startswith("__")}
+    ours = {name for name in OURS if not name.startswith("__")}
     overridden = {name for name in ours if name in trainer_names}
     assert not {name for name in overridden if name.startswith("_")}
     assert not {"plan", "epsilon", "privacy_report", "coins", "engine"} & trainer_names

@@ -11,7 +11,7 @@ from tiny_runs import train_lines, trainer_for
 from transformers import Trainer
 
 from hf_dp import DPTrainerMixin
-from hf_dp.training import mixin
+from hf_dp.training import shown
 
 
 class GatheringTrainer(Trainer):
@@ -46,7 +46,7 @@ def test_exact_metrics_of_another_host_stay_out_of_the_log(tmp_path: Path) -> No
 
 
 def test_the_check_above_sees_a_leak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mixin, "forget_exact_metrics", lambda trainer: None)
+    monkeypatch.setattr(shown, "forget_exact_metrics", lambda trainer: None)
     trainer = trainer_for(tmp_path, cls=DPGatheringTrainer, host={"max_steps": 3})
     trainer.train()
     assert any("exact_loss" in line for line in trainer.state.log_history)

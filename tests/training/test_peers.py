@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from hf_dp.clipping import FlatClipping
 from hf_dp.coins import FixedCoins
+from hf_dp.errors import PrivacyError
 from hf_dp.ledger import LEDGER_NAME, read_ledger
 from hf_dp.training import mixin, step
 
@@ -283,8 +284,11 @@ def test_the_fault_of_p1_would_be_seen(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(
         FlatClipping, "weights", lambda _, squared_norms: weights(FlatClipping(1.0), squared_norms)
     )
+    with pytest.raises(PrivacyError, match="It moved by"):  # the preflight sees it, too
+        test_p1_each_example_is_clipped_to_the_norm_that_was_asked_for(tmp_path / "a", 0.1, "auto")
+    monkeypatch.setattr(mixin, "rehearse", lambda *_, **__: None)
     with pytest.raises(AssertionError):
-        test_p1_each_example_is_clipped_to_the_norm_that_was_asked_for(tmp_path, 0.1, "auto")
+        test_p1_each_example_is_clipped_to_the_norm_that_was_asked_for(tmp_path / "b", 0.1, "auto")
 
 
 def test_the_fault_of_p2_would_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

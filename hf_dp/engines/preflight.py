@@ -1,0 +1,196 @@
+"""A rehearsal before the first step: does the engine do for this model what it promises?
+
+It stops training or lets it begin, and anybody sees which. On real examples that one bit would depend
+on them, and so be a release that nobody accounts for; a neighbouring data set might stop where this one
+trains. So it is meant for made-up examples, public ones, of the shape of the data: then it releases
+nothing, and its messages may name any number. What it cannot see on them is what only some example's
+values bring about; the engines refuse or bound that whenever it comes up.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_dp.clipping.base import ClippingPolicy
+from hf_dp.clipping.loss import LossRelease
+from hf_dp.engines.base import ExampleLoss, GradientEngine
+from hf_dp.engines.coupling import check_coupling
+from hf_dp.engines.rows import batch_size, select_rows
+from hf_dp.engines.sequential import SequentialEngine
+from hf_dp.engines.undisturbed import draws, evaluation_flags, undisturbed
+from hf_dp.errors import PrivacyError, UncoveredParameterError, explain
+from hf_dp.sums import ClippedSum
+
+TOLERANCE = 1e-4
+"""Relative, for float32; half precision needs about 5e-2."""
+
+Batch = Mapping[str, Any]
+
+
+def preflight(
+    model: nn.Module,
+    alone: Sequence[Batch],
+    together: Batch | None,
+    *,
+    engine: GradientEngine,
+    example_loss: ExampleLoss,
+    clipping: ClippingPolicy,
+    loss_release: LossRelease | None = None,
+    tolerance: float = TOLERANCE,
+) -> None:
+    """Check engine, loss and clipping on a few public examples; a few steps' time.
+
+    Checked are: every trainable parameter is covered; no example's loss or gradient depends on batch
+    mates or padding; the engine agrees with the sequential one; removing any one example moves the
+    clipped sum by at most the sensitivity.
+
+    Args:
+        model: As it will be trained; afterwards it is as it was, generators and buffers included.
+        alone: Two to four made-up examples, each as a batch of one without padding.
+        together: The same as one padded batch, or None where training takes them one by one.
+        engine: The one that will train; what it learns about the model stays with it.
+        example_loss: One loss per example.
+        clipping: The policy that will clip.
+        loss_release: How the loss enters the release.
+        tolerance: Relative.
+
+    Raises:
+        ConfigurationError: Examples influence one another.
+        UncoveredParameterError: A parameter is not covered, or its gradient comes out wrong.
+        PrivacyError: One example moves the sum by more than the sensitivity.
+    """
+    with undisturbed(model):
+        if draws(lambda: example_loss(model, alone[0])):
+            evaluation_flags(model)  # layers drop out, or the like: alone and together would differ
+        if together is not None:
+            check_coupling(model, together, alone, example_loss=example_loss, tolerance=tolerance)
+        trial = _Trial(model, example_loss, clipping, loss_release).at_the_typical_norm(alone)
+        batches = list(alone) if together is None else [together]
+        _check_agreement(trial, engine, batches, alone, tolerance)
+        _check_influence(trial, engine, batches, tolerance)
+
+
+class _Trial:
+    """What is tried out: a model, its loss and its clipping."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_loss: ExampleLoss,
+        clipping: ClippingPolicy,
+        loss_release: LossRelease | None,
+    ) -> None:
+        self.model = model
+        self.example_loss = example_loss
+        self.clipping = clipping
+        self.loss_release = loss_release
+
+    def at_the_typical_norm(self, alone: Sequence[Batch]) -> _Trial:
+        """The same with a sensitivity that clips some examples and leaves others as they are."""
+        norms = self.summed(SequentialEngine(), alone).norms
+        norms = norms[torch.isfinite(norms) & (norms > 0)]
+        if norms.numel() == 0:
+            return self
+        factor = float(norms.median()) / self.clipping.sensitivity
+        clipping = self.clipping.scaled(factor)
+        return _Trial(self.model, self.example_loss, clipping, self.loss_release)
+
+    def summed(self, engine: GradientEngine, batches: Sequence[Batch]) -> ClippedSum:
+        total: ClippedSum | None = None
+        for batch in batches:
+            part = engine.clipped_sum(
+                self.model,
+                batch,
+                example_loss=self.example_loss,
+                clipping=self.clipping,
+                loss_release=self.loss_release,
+            )
+            total = part if total is None else total + part
+        assert total is not None
+        return total
+
+
+def _check_agreement(
+    trial: _Trial,
+    engine: GradientEngine,
+    batches: Sequence[Batch],
+    alone: Sequence[Batch],
+    tolerance: float,
+) -> None:
+    """The engine's norms and sums against ordinary autograd on one example after the other."""
+    found, expected = trial.summed(engine, batches), trial.summed(SequentialEngine(), alone)
+    gaps = _gaps(found.grads, expected.grads)
+    norms = torch.allclose(found.norms, expected.norms, rtol=tolerance, equal_nan=True)
+    size = _length(expected.grads)
+    if not norms or not _total(gaps) <= tolerance * max(size, trial.clipping.sensitivity):
+        worst = max(gaps, key=lambda name: gaps[name])
+        raise UncoveredParameterError(
+            explain(
+                f"engine={engine.name!r}, parameter {worst}",
+                _owner(trial.model, worst),
+                "clipped gradients as plain autograd gives them, one example at a time",
+                "On made-up examples they differ, so norms, or what is added, are not those of the "
+                "gradient.",
+                "Mend the rule of that layer, freeze it, or use engine='sequential'.",
+            )
+        )
+
+
+def _check_influence(
+    trial: _Trial, engine: GradientEngine, batches: Sequence[Batch], tolerance: float
+) -> None:
+    """Take each example out in turn."""
+    whole = _released(trial.summed(engine, batches))
+    bound = trial.clipping.sensitivity * (1 + tolerance * sum(map(batch_size, batches)))
+    for rest in _one_taken_out(batches):
+        moved = _total(_gaps(whole, _released(trial.summed(engine, rest))))
+        if not moved <= bound:
+            raise PrivacyError(
+                explain(
+                    "clipping",
+                    type(trial.clipping).__qualname__,
+                    "the sum to move by at most the sensitivity when an example is removed",
+                    f"It moved by {moved / trial.clipping.sensitivity:.3g} times as much, so the noise "
+                    "is too small for what is claimed.",
+                    "Use FlatClipping, or mend the policy's weights.",
+                )
+            )
+
+
+def _one_taken_out(batches: Sequence[Batch]) -> list[list[Batch]]:
+    if len(batches) > 1:
+        return [[*batches[:i], *batches[i + 1 :]] for i in range(len(batches))]
+    size = batch_size(batches[0])
+    keep = [[j for j in range(size) if j != i] for i in range(size)]
+    return [[select_rows(batches[0], kept)] for kept in keep]
+
+
+def _released(summed: ClippedSum) -> dict[str, Tensor]:
+    coordinate = {} if summed.loss_sum is None else {"": summed.loss_sum}
+    return {**summed.grads, **coordinate}
+
+
+def _gaps(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, float]:
+    return {name: _norm(found[name] - value) for name, value in expected.items()}
+
+
+def _length(grads: Mapping[str, Tensor]) -> float:
+    return _total({name: _norm(grad) for name, grad in grads.items()})
+
+
+def _norm(tensor: Tensor) -> float:
+    # a long vector's norm in float32 comes out too small
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
+
+
+def _total(parts: Mapping[str, float]) -> float:
+    return math.sqrt(sum(part**2 for part in parts.values()))
+
+
+def _owner(model: nn.Module, parameter: str) -> str:
+    return type(model.get_submodule(parameter.rpartition(".")[0])).__qualname__

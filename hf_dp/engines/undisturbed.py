@@ -1,0 +1,121 @@
+"""A model to try things on: without dropout, and afterwards as it was."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+_DROPPING = frozenset(
+    {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout}
+    | {torch.dropout, torch.dropout_, torch.feature_dropout, torch.feature_dropout_}
+)
+_DROPOUT_ARGUMENT = 4  # of scaled_dot_product_attention
+_SMALL = 0.02  # what a parameter that is all zero is tried with
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Dropout off, zeros filled; parameters, buffers, flags and torch's generators are put back.
+
+    The model keeps its mode, since in evaluation mode other code would run than in training. A
+    trainable parameter that is zero throughout (a new head, LoRA's second matrix) would hide all that
+    lies before it, so small numbers from a public seed stand in for it meanwhile.
+    """
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=devices))
+        stack.callback(_restore_flags, [(module, module.training) for module in model.modules()])
+        stack.callback(_restore_buffers, [_buffers_of(module) for module in model.modules()])
+        stack.callback(_restore_parameters, _filled(model))
+        stack.enter_context(_WithoutDropout())
+        yield
+
+
+def evaluation_flags(model: nn.Module) -> None:
+    """Set every flag, but call no ``eval()``, which may be overridden and do more than that."""
+    for module in model.modules():
+        module.training = False
+
+
+@torch.no_grad()
+def draws(run: Callable[[], object]) -> bool:
+    """Whether `run` takes anything from a global generator."""
+    before = _generators()
+    run()
+    return _generators() != before
+
+
+def _generators() -> tuple[object, ...]:
+    kind, keys, *rest = np.random.get_state()  # noqa: NPY002
+    on_device = torch.cuda.get_rng_state().tolist() if torch.cuda.is_initialized() else None
+    state = torch.random.get_rng_state().tolist()
+    return random.getstate(), kind, np.asarray(keys).tolist(), rest, state, on_device
+
+
+class _WithoutDropout(TorchFunctionMode):
+    """Every dropout hands its input on."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        named = dict(kwargs or {})
+        if func in _DROPPING:
+            return args[0] if args else named["input"]
+        if func is F.scaled_dot_product_attention:
+            args = (*args[:_DROPOUT_ARGUMENT], *(0.0,) * (len(args) > _DROPOUT_ARGUMENT), *args[5:])
+            named |= {"dropout_p": 0.0} if "dropout_p" in named else {}
+        elif func is F.multi_head_attention_forward:
+            named["training"] = False  # only its dropout asks
+        return func(*args, **named)
+
+
+def _filled(model: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
+    """Put stand-ins in the place of zeros; return what belongs there."""
+    generator = torch.Generator().manual_seed(0)  # public: nothing private is involved
+    zeros = [p for p in model.parameters() if p.requires_grad and not bool(p.detach().any())]
+    before = [(parameter, parameter.data) for parameter in zeros]
+    for parameter, values in before:
+        small = torch.randn(values.shape, generator=generator) * _SMALL
+        parameter.data = small.to(values)
+    return before
+
+
+def _restore_parameters(before: list[tuple[nn.Parameter, Tensor]]) -> None:
+    for parameter, values in before:
+        parameter.data = values
+
+
+_Buffers = tuple[nn.Module, dict[str, Tensor | None], dict[str, Tensor]]
+
+
+def _buffers_of(module: nn.Module) -> _Buffers:
+    held = dict(module._buffers)
+    return module, held, {name: b.clone() for name, b in held.items() if b is not None}
+
+
+@torch.no_grad()
+def _restore_buffers(before: list[_Buffers]) -> None:
+    for module, held, values in before:
+        module._buffers.clear()
+        module._buffers.update(held)
+        for name, value in values.items():
+            buffer = held[name]
+            if buffer is not None and not torch.equal(buffer, value):
+                buffer.copy_(value)
+
+
+def _restore_flags(before: list[tuple[nn.Module, bool]]) -> None:
+    for module, training in before:
+        module.training = training

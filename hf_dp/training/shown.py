@@ -1,0 +1,86 @@
+"""What a private Trainer shows: its epsilon, its log lines, its metrics, its files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_dp.errors import ConfigurationError
+from hf_dp.ledger import LEDGER_NAME
+from hf_dp.reports.markdown import privacy_section
+from hf_dp.reports.report import PrivacyReport
+from hf_dp.training.arguments import DPArguments
+from hf_dp.training.lines import (
+    NonPrivateMetrics,
+    forget_exact_metrics,
+    is_training_line,
+    make_private,
+)
+from hf_dp.training.refused_parts import refuse_evaluation
+from hf_dp.training.spending import Spending
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Host
+else:
+    _Host = object
+
+
+class ShownMixin(_Host):
+    """The half of `DPTrainerMixin` that trains nothing: only public methods are overridden."""
+
+    dp_args: DPArguments
+    _spending: Spending | None
+    _nonprivate: NonPrivateMetrics
+
+    @property
+    def epsilon(self) -> float:
+        """A proven upper bound on what has been spent so far; 0 before the first release."""
+        return 0.0 if self._spending is None else self._spending.epsilon
+
+    def privacy_report(self) -> PrivacyReport:
+        """What is guaranteed, for whom, under which assumptions, read from the ledger."""
+        return PrivacyReport.from_ledger(Path(self.args.output_dir) / LEDGER_NAME)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add epsilon and delta to training lines; leave out what is exact and private."""
+        if self._spending is not None and is_training_line(logs):
+            make_private(logs, self._spending)
+            if self.dp_args.nonprivate_metrics:
+                logs |= self._nonprivate.drain(self._spending)
+            else:
+                forget_exact_metrics(self)
+        super().log(logs, start_time)
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The host's evaluation; refused on the training data, whose metrics would be exact."""
+        evaluated = self.eval_dataset if eval_dataset is None else eval_dataset
+        refuse_evaluation(self.train_dataset, evaluated, self.dp_args.nonprivate_metrics)
+        metrics: dict[str, float] = super().evaluate(eval_dataset, *args, **kwargs)
+        return metrics
+
+    def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """The host's prediction; refused on the training data for the same reason."""
+        refuse_evaluation(self.train_dataset, test_dataset, self.dp_args.nonprivate_metrics)
+        return super().predict(test_dataset, *args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Copy the ledger first, then save the model as the host does."""
+        if self._spending is not None:
+            self._spending.copy_to(Path(output_dir or self.args.output_dir))
+        super().save_model(output_dir, _internal_call=_internal_call)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The host's model card, followed by what is guaranteed."""
+        super().create_model_card(*args, **kwargs)
+        card = Path(self.args.output_dir) / "README.md"
+        if self.is_world_process_zero() and self._spending is not None:
+            with card.open("a", encoding="utf-8") as file:
+                file.write("\n" + privacy_section(self.privacy_report()))
+
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: every trial spends privacy, and their total is not accounted for."""
+        raise ConfigurationError(
+            "DPTrainer.hyperparameter_search: expected single runs. Every trial spends privacy on the same "
+            "data, and choosing among them spends more. Tune on public data, or run train() per setting and "
+            "add up the epsilons."
+        )
