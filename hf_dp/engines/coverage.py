@@ -1,56 +1,99 @@
-"""Which modules are tapped, by which rule, and which trainable parameters no rule covers."""
+"""Which modules are tapped, by which rule, for which parameters; and how a parameter moves up.
+
+A parameter starts at the module that owns it, with that module's formula if there is one. If that turns
+out not to do (it is used elsewhere, or the module's tensors have no axis of examples) it climbs: to the
+generic rule on the same module, then to the module above, and so on up to the model itself.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from enum import Enum
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
 from hf_dp.engines.base import trainable_parameters
 from hf_dp.errors import UncoveredParameterError
-from hf_dp.layers.base import LayerRule, LayerRules
+from hf_dp.layers.base import SHARED, LayerRule, LayerRules, UnitAxis
 from hf_dp.layers.embedding import relative_bias
-from hf_dp.layers.recognise import is_relative_bias_owner, recognise
+from hf_dp.layers.generic import GenericRule
+from hf_dp.layers.recognise import ANY_LEADING_AXES, is_relative_bias_owner, recognise
 
-
-class UnitAxis(Enum):
-    """Where a tapped module's input has the examples."""
-
-    FIRST = "first"
-    SHARED = "shared"  # one row for all examples, as for position ids
+Source = tuple[str, int]
+"""A number of positions that a pass shows: name of a batch's tensor or a module, and which axis."""
 
 
 @dataclass(frozen=True)
+class Layout:
+    """Where one kind of call of a tapped module has its examples.
+
+    Attributes:
+        inputs: One axis for each leaf of the arguments; None for what was no tensor.
+        outputs: The same for the output.
+        folds: For each folded leaf (inputs, then outputs) how many of its axes, folded ones included,
+            are positions, and the numbers of positions that this product must equal.
+    """
+
+    inputs: tuple[UnitAxis | None, ...]
+    outputs: tuple[UnitAxis | None, ...]
+    folds: Mapping[int, frozenset[tuple[int, Source]]] = field(default_factory=dict, hash=False)
+
+    @property
+    def shared(self) -> bool:
+        """Whether the call serves all units at once."""
+        return all(axis is None or axis is SHARED for axis in self.inputs)
+
+
+@dataclass(frozen=True, eq=False)
 class TapPoint:
     """One place where gradients are seen.
 
     Attributes:
         name: The module's name in the model.
         module: The tapped module.
-        rule: What its calls add to its parameters' gradients.
+        rule: The formula for its calls; None for the generic rule.
         parameters: The trainable parameters it answers for.
         method: The method whose output is tapped; "forward" for the module itself.
+        generic: The generic rule, where `rule` is None.
     """
 
     name: str
     module: nn.Module
-    rule: LayerRule
+    rule: LayerRule | None
     parameters: tuple[nn.Parameter, ...]
     method: str = "forward"
+    generic: GenericRule | None = None
+
+    @property
+    def described(self) -> str:
+        """Name and type, for messages."""
+        return f"module {self.name!r} ({type(self.module).__qualname__})"
 
     def sole_input(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
         """The one tensor that the module was called with, on which its rule's formula rests."""
         given = [value for value in (*args, *kwargs.values()) if value is not None]
         if len(given) != 1 or not isinstance(given[0], Tensor) or given[0].dim() == 0:
-            raise UncoveredParameterError(
-                f"module {self.name!r} ({type(self.module).__qualname__}) was called with {len(given)} "
-                "arguments: expected one tensor. Its layer rule does not know what the others do to the "
-                "gradient. Use engine='sequential', or freeze it."
+            raise NotTappableError(
+                self,
+                f"{self.described} was called with {len(given)} arguments: expected one tensor. Its "
+                "layer rule does not know what the others do to the gradient. "
+                "Use engine='sequential', or freeze it.",
             )
         return given[0]
+
+
+class NotTappableError(UncoveredParameterError):
+    """A tap cannot tell the examples apart at its point."""
+
+    def __init__(self, point: TapPoint, message: str) -> None:
+        """Say what is wrong with `point`."""
+        super().__init__(message)
+        self.point = point
+
+
+class LayoutUnknownError(NotTappableError):
+    """A call of a kind that was not seen before, or no longer as it was."""
 
 
 @dataclass
@@ -58,16 +101,20 @@ class Coverage:
     """The tap points of a model and what they leave uncovered.
 
     Attributes:
+        model: The model.
         parameters: Name -> trainable parameter.
         points: The tap points.
-        uncovered: Name of each trainable parameter without a rule -> why.
-        axes: Where each tapped module has its examples; None until that was established.
+        uncovered: Name of each trainable parameter that no tap can answer for -> why.
+        axes: Module name -> kind of call -> where it has the examples; None until established.
+        settled: Whether uses outside the taps were looked for.
     """
 
+    model: nn.Module
     parameters: dict[str, nn.Parameter]
     points: list[TapPoint]
-    uncovered: dict[str, str]
-    axes: dict[str, UnitAxis] | None = None
+    uncovered: dict[str, str] = field(default_factory=dict)
+    axes: dict[str, dict[Hashable, Layout]] | None = None
+    settled: bool = False
 
     def fits(self, model: nn.Module) -> bool:
         """Whether the model still trains the same parameters."""
@@ -76,23 +123,127 @@ class Coverage:
             now[name] is p for name, p in self.parameters.items()
         )
 
+    @property
+    def counts(self) -> bool:
+        """Whether some tensor's rows must be counted against the positions of others."""
+        kinds = (self.axes or {}).values()
+        return any(layout.folds for layouts in kinds for layout in layouts.values())
+
+    def layouts(self, point: TapPoint) -> Mapping[Hashable, Layout]:
+        """What is known of the calls of `point`."""
+        return (self.axes or {}).get(point.name, {}) if point.method == "forward" else {}
+
+    def names_of(self, parameters: Iterable[nn.Parameter]) -> list[str]:
+        """The parameters' names."""
+        wanted = set(map(id, parameters))
+        return [name for name, p in self.parameters.items() if id(p) in wanted]
+
+    def climb(self, point: TapPoint, why: str) -> None:
+        """Answer for the parameters of `point` from further up.
+
+        Raises:
+            UncoveredParameterError: There is nothing further up.
+        """
+        self.points.remove(point)
+        same_module = point.rule is not None and point.method == "forward"
+        place = point.name if same_module else self._above(point.name)
+        self._answer_at(place, point.parameters, why)
+
+    def climb_outside(self, parameter: nn.Parameter, why: str) -> None:
+        """Answer for a parameter that was used outside the modules that answer for it.
+
+        Raises:
+            UncoveredParameterError: There is nothing further up.
+        """
+        owners = [
+            name
+            for name, module in self.model.named_modules()
+            if any(p is parameter for p in module.parameters(recurse=False))
+        ]
+        points = [point for point in self.points if any(p is parameter for p in point.parameters)]
+        missing = {self._called(name) for name in owners if not _under(name, points)}
+        if missing:  # tied weights: some owners may have a tap already
+            for place in missing:
+                self._answer_at(place, (parameter,), why)
+            return
+        for point in points:
+            self._leave(point, [parameter])
+        for point in points:
+            above = self._above(point.name) if point.method == "forward" else point.name
+            self._answer_at(above, (parameter,), why)
+
+    def _leave(self, point: TapPoint, parameters: Sequence[nn.Parameter]) -> None:
+        left = tuple(p for p in point.parameters if not any(p is q for q in parameters))
+        index = self.points.index(point)
+        self.points[index : index + 1] = [_with_parameters(point, left)] if left else []
+
+    def _answer_at(self, place: str | None, parameters: Sequence[nn.Parameter], why: str) -> None:
+        if place is None:
+            names = self.names_of(parameters)
+            self.uncovered |= dict.fromkeys(names, why)
+            raise UncoveredParameterError(
+                f"{why} No module above it, up to the model, can be told apart by example either: "
+                f"parameters {names} are not covered. Use engine='sequential', freeze them, or add a "
+                "rule for the module that uses them."
+            )
+        inside = [p for p in self.points if not place or (p.name + ".").startswith(place + ".")]
+        answered = {id(p): p for p in parameters}
+        for point in inside:
+            here = point.name == place and point.method == "forward"
+            if here:
+                answered |= {id(p): p for p in point.parameters}
+                self.points.remove(point)
+            else:
+                self._leave(point, list(answered.values()))
+        module = self.model.get_submodule(place)
+        both = tuple(answered.values())
+        self.points.append(TapPoint(place, module, None, both, generic=GenericRule(module)))
+        if self.axes is not None:
+            self.axes.pop(place, None)
+
+    def _above(self, name: str) -> str | None:
+        return self._called(name.rpartition(".")[0]) if name else None
+
+    def _called(self, name: str) -> str | None:
+        """`name`, or the first module above it that is called at all."""
+        while _is_container(self.model.get_submodule(name)):
+            if not name:
+                return None
+            name = name.rpartition(".")[0]
+        return name
+
+
+def _under(name: str, points: Iterable[TapPoint]) -> bool:
+    """Whether one of the points answers for parameters that the module `name` owns."""
+    if any(p.method != "forward" and name == f"{p.name}.relative_attention_bias" for p in points):
+        return True
+    reached = [p.name for p in points if p.method == "forward"]
+    return any(not above or (name + ".").startswith(above + ".") for above in reached)
+
+
+def _is_container(module: nn.Module) -> bool:
+    return type(module).forward is nn.Module.forward and "forward" not in vars(module)
+
+
+def _with_parameters(point: TapPoint, parameters: tuple[nn.Parameter, ...]) -> TapPoint:
+    return TapPoint(
+        point.name, point.module, point.rule, parameters, point.method, point.generic
+    )
+
 
 def coverage_of(model: nn.Module, layer_rules: LayerRules) -> Coverage:
-    """Look every module up; a parameter is covered if some module that owns it has a rule.
+    """Tap every module with a formula; what they leave out is settled by running the model.
 
-    A module without a rule is not tapped, so if its forward uses a parameter that another module
-    covers, the use shows in the graph and the engine refuses it.
+    A parameter that no tap answers for keeps ``requires_grad`` on, so a use of it shows in the graph.
     """
     parameters = trainable_parameters(model)
     points = list(_tap_points(model, layer_rules))
-    covered = {id(p) for point in points for p in point.parameters}
-    owners = _owners(model)
-    uncovered = {
-        name: f"owned by {owners[id(p)]}, for which there is no layer rule"
-        for name, p in parameters.items()
-        if id(p) not in covered
-    }
-    return Coverage(parameters=parameters, points=points, uncovered=uncovered)
+    return Coverage(model, parameters=parameters, points=points)
+
+
+def takes_folded(point: TapPoint) -> bool:
+    """Whether inputs may have further axes between the units and the width."""
+    return point.rule is None or point.rule in ANY_LEADING_AXES
 
 
 def _tap_points(model: nn.Module, layer_rules: LayerRules) -> Iterator[TapPoint]:
@@ -115,10 +266,3 @@ def _tap_points(model: nn.Module, layer_rules: LayerRules) -> Iterator[TapPoint]
 def _own_trainable(module: nn.Module) -> tuple[nn.Parameter, ...]:
     return tuple(p for p in module.parameters(recurse=False) if p.requires_grad)
 
-
-def _owners(model: nn.Module) -> dict[int, str]:
-    return {
-        id(p): f"{name or 'the model'} ({type(module).__module__}.{type(module).__qualname__})"
-        for name, module in model.named_modules()
-        for p in module.parameters(recurse=False)
-    }

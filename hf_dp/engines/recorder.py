@@ -10,14 +10,16 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from hf_dp.engines.axes import establish_axes
+from hf_dp.engines.attach import recording
 from hf_dp.engines.base import ExampleLoss, checked_losses
-from hf_dp.engines.coverage import Coverage, coverage_of
+from hf_dp.engines.coverage import Coverage, NotTappableError, coverage_of, takes_folded
 from hf_dp.engines.precision import full_precision
 from hf_dp.engines.rows import batch_size
-from hf_dp.engines.tap import Call, Recording, recording
+from hf_dp.engines.settle import check_folds, settle
+from hf_dp.engines.tap import Call, Recording, UsedOutsideError
+from hf_dp.engines.whole_tap import whole_call
 from hf_dp.errors import UncoveredParameterError
-from hf_dp.layers.base import LayerRules
+from hf_dp.layers.base import FIRST, LayerRules
 from hf_dp.layers.factors import Factor, combine
 
 OnFactor = Callable[[str, Factor], None]
@@ -53,27 +55,40 @@ class Recorder:
         Raises:
             UncoveredParameterError: Some gradient cannot be told apart by example.
         """
-        num_units = batch_size(inputs)
-        coverage = self._checked_coverage(model, inputs, example_loss)
-        with recording(coverage, num_units) as record:
-            losses = checked_losses(example_loss(model, inputs), num_units)
-            yield Pass(coverage, record, losses, num_units)
+        coverage = self._settled(model, inputs, example_loss)
+        with contextlib.ExitStack() as stack:
+            try:
+                passed = _run(stack, coverage, model, inputs, example_loss)
+            except NotTappableError:  # not as the first examples were
+                stack.close()
+                settle(model, inputs, coverage, example_loss, deep=True)
+                passed = _run(stack, coverage, model, inputs, example_loss)
+            yield passed
 
-    def _checked_coverage(
+    def _settled(
         self, model: nn.Module, inputs: Mapping[str, Any], example_loss: ExampleLoss
     ) -> Coverage:
         coverage = self.coverage(model)
         if coverage.uncovered:
-            first = next(iter(coverage.uncovered.items()))
-            raise UncoveredParameterError(
-                f"{len(coverage.uncovered)} trainable parameters, among them {first[0]!r} "
-                f"({first[1]}): expected a layer rule for each. Their gradients could not be clipped. "
-                "Freeze them, pass layer_rules={**DEFAULT_LAYER_RULES, TheModule: your_rule}, or use "
-                "engine='sequential'."
-            )
-        if coverage.axes is None and batch_size(inputs) > 1:  # all of a batch of one is the one's
-            establish_axes(model, inputs, coverage, example_loss)
+            raise UncoveredParameterError(next(iter(coverage.uncovered.values())))
+        # all of a batch of one is the one's, so it does not show where the examples are
+        if not coverage.settled or (coverage.axes is None and batch_size(inputs) > 1):
+            settle(model, inputs, coverage, example_loss)
         return coverage
+
+
+def _run(
+    stack: contextlib.ExitStack,
+    coverage: Coverage,
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    example_loss: ExampleLoss,
+) -> Pass:
+    num_units = batch_size(inputs)
+    record = stack.enter_context(recording(coverage, num_units))
+    losses = checked_losses(example_loss(model, inputs), num_units)
+    check_folds(record, inputs, num_units)
+    return Pass(coverage, record, losses, num_units)
 
 
 class Pass:
@@ -109,7 +124,7 @@ class Pass:
         left = self._record.uses.copy()
 
         def add(call: Call) -> None:
-            with full_precision(call.output_grads.device):
+            with full_precision(self.losses.device):
                 for parameter, factor in self._answers(call):
                     parts[self._names[id(parameter)]].append(factor)
                 for parameter in call.point.parameters:
@@ -122,29 +137,39 @@ class Pass:
         def complete(name: str) -> None:
             on_factor(name, combine(parts.pop(name)))
 
-        self._record.backward(self._with_graph, list(self._coverage.parameters), add, again=again)
+        try:
+            self._record.backward(self._with_graph, add, again=again)
+        except UsedOutsideError:
+            self._coverage.settled = False  # the next micro-batch is looked at anew
+            raise
         with full_precision(self.losses.device):
             for name in list(parts):  # not every call reached the losses
                 complete(name)
 
     def _answers(self, call: Call) -> list[tuple[nn.Parameter, Factor]]:
         point = call.point
-        axes = self._coverage.axes or {}
-        if self._num_units > 1 and point.method == "forward" and point.name not in axes:
-            raise UncoveredParameterError(
-                f"module {point.name!r} took part for some examples only: expected every module with "
-                "trainable parameters to run for the first examples too, which shows where its input "
-                "has the examples. Use engine='sequential', or freeze it."
+        if point.rule is None:
+            if point.generic is None:
+                raise ValueError("a tap point has a formula or the generic rule")
+            return list(point.generic(whole_call(call, self._num_units)))
+        inputs, [output_grads], axis = call.inputs[0], call.output_grads, call.context
+        if axis != FIRST and output_grads is not None:
+            if axis.folded and not takes_folded(point):
+                raise NotTappableError(point, f"{point.described} got rows folded into its first axis.")
+            inputs, output_grads = (
+                axis.units_first(tensor, self._num_units) for tensor in (inputs, output_grads)
             )
-        answers = list(point.rule(point.module, call.inputs, call.output_grads, self._num_units))
+        answers = list(point.rule(point.module, inputs, output_grads, self._num_units))
         answered = {id(parameter) for parameter, _ in answers}
-        if answered != {id(parameter) for parameter in point.parameters}:
+        wanted = {id(parameter) for parameter in point.parameters}
+        if not wanted <= answered:
             raise UncoveredParameterError(
                 f"the layer rule for {type(point.module).__qualname__} ({point.name!r}) answered for "
                 f"{len(answered)} of {len(point.parameters)} trainable parameters: expected all. The "
                 "others would not be clipped. Mend the rule, or use engine='sequential'."
             )
-        return answers
+        # a parameter that a module further up answers for has left this one
+        return [(p, factor) for p, factor in answers if id(p) in wanted]
 
 
 def _used_again(name: str) -> UncoveredParameterError:

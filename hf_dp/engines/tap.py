@@ -1,7 +1,7 @@
 """Taps: one autograd function behind each module, through which its gradients are seen.
 
-A tap saves the module's input with ``save_for_backward`` (so that checkpointing recomputes it) and
-receives the gradient of the module's output. The parameters' ``requires_grad`` is off while their
+A tap saves what the module was given with ``save_for_backward`` (so that checkpointing recomputes it)
+and receives the gradient of the module's output. The parameters' ``requires_grad`` is off while their
 module runs, so no ordinary weight gradient is ever computed, and a use of a trainable parameter
 outside its tapped module shows in the graph.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,17 +18,39 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from hf_dp.engines.coverage import Coverage, TapPoint, UnitAxis
+from hf_dp.engines.coverage import Coverage, Layout, LayoutUnknownError, TapPoint
 from hf_dp.errors import UncoveredParameterError
+from hf_dp.layers.base import SHARED, UnitAxis
 
 
 @dataclass
 class Call:
-    """What one call of a tapped module left behind: input and output gradient."""
+    """What one call of a tapped module left behind: inputs and output gradients.
+
+    Attributes:
+        point: The tap point.
+        inputs: The tensors it was given.
+        output_grads: The gradients of its outputs; None where nothing depends on one.
+        context: What else the tap noted about the call.
+    """
 
     point: TapPoint
-    inputs: Tensor
-    output_grads: Tensor
+    inputs: tuple[Tensor, ...]
+    output_grads: tuple[Tensor | None, ...]
+    context: Any
+
+
+class UsedOutsideError(UncoveredParameterError):
+    """Trainable parameters were used outside the modules that answer for them."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        """Name the parameters."""
+        self.names = list(names)
+        super().__init__(
+            f"parameters {self.names}: expected every use to be inside a module with a layer rule. "
+            "A use elsewhere has a gradient that is not clipped. "
+            "Use engine='sequential', freeze them, or add a rule for the module that uses them."
+        )
 
 
 @dataclass
@@ -36,161 +58,174 @@ class Recording:
     """One forward pass, and its backward passes.
 
     Attributes:
-        parameters: The trainable parameters.
+        parameters: Name -> trainable parameter.
         anchor: A scalar that every tap depends on, so that a graph exists.
+        num_units: B.
         on_call: What the running backward pass does with each call, as soon as its gradient is there.
         uses: Parameter's id -> how often the forward pass used it; a call that did not contribute to
             the losses counts, a recomputation of a checkpoint does not.
+        silent: While it is positive, taps do nothing.
+        folds: Folded axes seen: what was found, and what it must equal.
+        sizes: Numbers of positions seen, by source.
     """
 
-    parameters: Sequence[nn.Parameter]
+    parameters: Mapping[str, nn.Parameter]
     anchor: Tensor
+    num_units: int
     on_call: Callable[[Call], None] | None = None
     uses: Counter[int] = field(default_factory=Counter)
+    silent: int = 0
+    folds: list[tuple[TapPoint, int, frozenset[tuple[int, Any]], Tensor]] = field(
+        default_factory=list
+    )
+    sizes: dict[Any, set[int]] = field(default_factory=dict)
 
     def backward(
-        self,
-        losses: Tensor,
-        names: Sequence[str],
-        on_call: Callable[[Call], None],
-        *,
-        again: bool = False,
+        self, losses: Tensor, on_call: Callable[[Call], None], *, again: bool = False
     ) -> None:
         """Run a backward pass, handing each call to `on_call`; `again` keeps the graph for one more.
 
         Raises:
-            UncoveredParameterError: A trainable parameter was used outside its tapped module.
+            UsedOutsideError: A trainable parameter was used outside its tapped module.
         """
         if not losses.requires_grad:
             return  # no trainable parameter took part: every gradient is zero
         self.on_call = on_call
-        targets = [self.anchor, *self.parameters]
-        found = torch.autograd.grad(losses.sum(), targets, retain_graph=again, allow_unused=True)[
-            1:
+        targets = [self.anchor, *self.parameters.values()]
+        grads = torch.autograd.grad(losses.sum(), targets, retain_graph=again, allow_unused=True)
+        used = [
+            name for name, grad in zip(self.parameters, grads[1:], strict=True) if grad is not None
         ]
-        used = [name for name, grad in zip(names, found, strict=True) if grad is not None]
         if used:
-            raise UncoveredParameterError(
-                f"parameters {used}: expected every use to be inside a module with a layer rule. "
-                "A use elsewhere has a gradient that is not clipped. "
-                "Use engine='sequential', freeze them, or add a rule for the module that uses them."
-            )
+            raise UsedOutsideError(used)
+
+    @contextlib.contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Run modules again without taps."""
+        self.silent += 1
+        try:
+            yield
+        finally:
+            self.silent -= 1
+
+    def through(
+        self,
+        point: TapPoint,
+        context: Any,
+        outputs: Sequence[Tensor],
+        inputs: Sequence[Tensor],
+    ) -> tuple[Tensor, ...]:
+        """The outputs as the rest of the model gets them."""
+        if self.on_call is None:
+            self.uses.update(map(id, point.parameters))
+        apply: Callable[..., tuple[Tensor, ...]] = _Tap.apply
+        return apply(self, point, context, self.anchor, len(outputs), *outputs, *inputs)
 
 
 class _Tap(torch.autograd.Function):
-    """Identity forward; backward hands the output gradient to the recording."""
+    """Identity forward; backward hands the output gradients to the recording."""
 
     @staticmethod
     def forward(
         ctx: Any,
         recording: Recording,
         point: TapPoint,
+        context: Any,
         anchor: Tensor,
-        output: Tensor,
-        inputs: Tensor,
-    ) -> Tensor:
-        ctx.recording, ctx.point = recording, point
-        ctx.save_for_backward(inputs)
-        return output.detach()  # returning an input would make a view and break in-place operations
+        num_outputs: int,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.recording, ctx.point, ctx.context, ctx.num_inputs = (
+            recording,
+            point,
+            context,
+            len(tensors) - num_outputs,
+        )
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors[num_outputs:])
+        # returning an input would make a view and break in-place operations
+        return tuple(output.detach() for output in tensors[:num_outputs])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, output_grads: Tensor) -> Any:
-        (inputs,) = ctx.saved_tensors
-        ctx.recording.on_call(Call(ctx.point, inputs.detach(), output_grads))
-        return None, None, ctx.recording.anchor.new_zeros(()), output_grads, None
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        inputs = tuple(saved.detach() for saved in ctx.saved_tensors)
+        if any(grad is not None for grad in grads):
+            ctx.recording.on_call(Call(ctx.point, inputs, grads, ctx.context))
+        anchor = ctx.recording.anchor.new_zeros(())
+        return None, None, None, anchor, None, *grads, *(None,) * ctx.num_inputs
 
 
-@contextlib.contextmanager
-def recording(coverage: Coverage, num_units: int) -> Iterator[Recording]:
-    """Tap every point of `coverage`; hooks and ``requires_grad`` are put back on the way out."""
-    parameters = list(coverage.parameters.values())
-    anchor = torch.zeros((), device=parameters[0].device, requires_grad=True)
-    record = Recording(parameters, anchor)
-    with contextlib.ExitStack() as stack:
-        stack.callback(_enable, parameters)
-        for point in coverage.points:
-            axis = (coverage.axes or {}).get(point.name, UnitAxis.FIRST)
-            tap = _PointTap(record, point, axis, num_units)
-            tap.attach(stack)
-        yield record
+class PointTap:
+    """The hooks of one tap point, next to the module's forward: other people's hooks stay outside."""
 
-
-def _enable(parameters: Sequence[nn.Parameter]) -> None:
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-
-
-class _PointTap:
-    """The hooks of one tap point."""
-
-    def __init__(self, record: Recording, point: TapPoint, axis: UnitAxis, num_units: int) -> None:
+    def __init__(self, record: Recording, point: TapPoint, coverage: Coverage) -> None:
+        """Tap `point` where `coverage` knows the examples to be."""
         self.record = record
         self.point = point
-        self.axis = axis
-        self.num_units = num_units
+        self.layouts: Mapping[Hashable, Layout] = coverage.layouts(point)
+        self.counts = coverage.counts
 
     def attach(self, stack: contextlib.ExitStack) -> None:
-        if self.point.method == "forward":
-            module = self.point.module
-            # next to the module's own forward: other people's hooks stay outside
-            stack.enter_context(module.register_forward_pre_hook(self._before))
-            after = module.register_forward_hook(self._after, prepend=True, with_kwargs=True)
-            stack.enter_context(after)
-        else:
-            self._wrap_method(stack)
+        """Register the hooks for as long as `stack` lives."""
+        module = self.point.module
+        stack.enter_context(module.register_forward_pre_hook(self.before, with_kwargs=True))
+        after = module.register_forward_hook(self.after, prepend=True, with_kwargs=True)
+        stack.enter_context(after)
 
-    def _before(self, *_: object) -> None:
-        self._set_requires_grad(False)
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The module is about to run."""
+        if not self.record.silent:
+            self.set_requires_grad(False)
 
-    def _after(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
-    ) -> Tensor:
-        self._set_requires_grad(True)
-        inputs = self.point.sole_input(args, kwargs)
-        return self._tapped(inputs, output, first=inputs.shape[0])
-
-    def _wrap_method(self, stack: contextlib.ExitStack) -> None:
-        """Tap a method's output instead, for ``compute_bias``, whose table has no unit axis."""
-        module, name = self.point.module, self.point.method
-        table = module.get_submodule("relative_attention_bias")
-        original = getattr(module, name)
-        seen: list[Tensor] = []
-
-        def wrapped(*args: Any, **kwargs: Any) -> Tensor:
-            self._set_requires_grad(False)
-            handle = table.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-            try:
-                output = original(*args, **kwargs)
-            finally:
-                handle.remove()
-                self._set_requires_grad(True)
-            return self._tapped(seen.pop(), output, first=output.shape[0])
-
-        vars(module)[name] = wrapped
-        stack.callback(vars(module).pop, name)
-
-    def _tapped(self, inputs: Tensor, output: Tensor, *, first: int) -> Tensor:
-        if not torch.is_grad_enabled():
+    def after(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        """The module has run; what this returns takes the place of its output."""
+        if self.record.silent:
             return output
-        shared = self.axis is UnitAxis.SHARED or self.point.method != "forward"
-        if first != (1 if shared else self.num_units):
-            raise UncoveredParameterError(
-                f"module {self.point.name!r} got an input with {first} rows on its first axis: expected "
-                f"{'one row for all examples' if shared else 'one row per example'}. "
-                "Without that axis one example's gradient cannot be told from another's. "
-                "Use engine='sequential'."
-            )
-        if shared and self.num_units > 1:
-            output = output.expand(self.num_units, *output.shape[1:])
-            if self.point.method == "forward":
-                inputs = inputs.expand(self.num_units, *inputs.shape[1:])
-        if self.record.on_call is None:
-            self.record.uses.update(map(id, self.point.parameters))
-        apply: Callable[..., Tensor] = _Tap.apply
-        tapped = apply(self.record, self.point, self.record.anchor, output, inputs)
-        return tapped
+        self.set_requires_grad(True)
+        return self.tapped(args, kwargs, output) if torch.is_grad_enabled() else output
 
-    def _set_requires_grad(self, value: bool) -> None:
+    def tapped(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """The output with the tap behind it."""
+        raise NotImplementedError
+
+    def set_requires_grad(self, value: bool) -> None:
+        """Whether the point's parameters record gradients."""
         for parameter in self.point.parameters:
             parameter.requires_grad_(value)
+
+    def check_rows(self, layout: Layout, index: int, axis: UnitAxis, leaf: Tensor) -> None:
+        """Refuse a tensor that has not the examples where calls of this kind have them."""
+        units = self.record.num_units
+        if axis.dim is None:
+            return
+        rows = leaf.shape[axis.dim] if leaf.dim() > axis.dim else 0
+        if rows != units and not (axis.folded and rows > 0 and rows % units == 0):
+            raise LayoutUnknownError(
+                self.point,
+                f"{self.point.described} got a tensor of shape {tuple(leaf.shape)}: expected "
+                f"{units} examples on axis {axis.dim}. Without that axis one example's gradient cannot "
+                "be told from another's. Use engine='sequential'.",
+            )
+        if axis.folded:
+            self.record.folds.append((self.point, index, layout.folds[index], leaf.detach()))
+
+    def unseen(self) -> LayoutUnknownError:
+        """This kind of call was not made for the first examples."""
+        return LayoutUnknownError(
+            self.point,
+            f"{self.point.described} took part for some examples only, or in another way: expected every "
+            "module with trainable parameters to run alike for the first examples too, which shows "
+            "where it has the examples. Use engine='sequential', or freeze it.",
+        )
+
+
+def note_sizes(sizes: dict[Any, set[int]], name: str, tensor: Tensor) -> None:
+    """Note the numbers of positions that `tensor`, with the examples first, shows."""
+    product = 1
+    last = tensor.dim() - (1 if tensor.is_floating_point() else 0)
+    for axis in range(1, last):
+        product *= tensor.shape[axis]
+        sizes.setdefault((name, axis), set()).add(product)

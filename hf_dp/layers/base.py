@@ -1,8 +1,9 @@
-"""What a layer rule is, and how inputs of any rank become units x positions x width."""
+"""What a layer rule is, where a tensor has its units, and how inputs become units x positions x width."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import TypeGuard
 
 from torch import Tensor, nn
@@ -18,6 +19,47 @@ parameter that the module owns; it is pure.
 """
 
 LayerRules = Mapping[type[nn.Module], LayerRule]
+
+
+@dataclass(frozen=True)
+class UnitAxis:
+    """Where a tensor has the units.
+
+    Attributes:
+        dim: The axis; None if the tensor serves all units alike.
+        folded: The axis holds k consecutive rows of each unit, ``B * k`` in all.
+        added: The axis was put in front of a tensor that served all units alike.
+    """
+
+    dim: int | None
+    folded: bool = False
+    added: bool = False
+
+    def units_first(self, tensor: Tensor, num_units: int) -> Tensor:
+        """``(B, ...)``: the units' axis moved to the front, folded rows as an axis of their own."""
+        if self.folded:
+            return tensor.unflatten(0, (num_units, -1))
+        return tensor if self.dim in (0, None) else tensor.movedim(self.dim, 0)
+
+    def apart(self, tensor: Tensor, num_units: int) -> Tensor:
+        """``(B, *shape)``, where ``shape`` is what the module is given for one unit alone."""
+        if self.dim is None:
+            raise ValueError("a tensor that serves all units has no axis of units")
+        first = self.units_first(tensor, num_units)
+        return first if self.folded or self.added else first.unsqueeze(self.dim + 1)
+
+
+FIRST = UnitAxis(0)
+FOLDED = UnitAxis(0, folded=True)
+SHARED = UnitAxis(None)
+ADDED = UnitAxis(0, added=True)
+
+
+def repeated(tensor: Tensor, num_units: int) -> tuple[Tensor, UnitAxis]:
+    """A tensor that served all units alike, once for each; and where the units then are."""
+    if tensor.shape[0] == 1:
+        return tensor.expand(num_units, *tensor.shape[1:]), FIRST
+    return tensor.expand(num_units, *tensor.shape), ADDED
 
 
 def positions(tensor: Tensor, num_units: int) -> Tensor:

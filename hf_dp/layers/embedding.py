@@ -18,7 +18,7 @@ def embedding(
     if not trains(weight):
         return
     g = positions(output_grads, num_units)
-    ids = inputs.reshape(num_units, -1)
+    ids = inputs.reshape(num_units, -1).contiguous()
     padding = getattr(module, "padding_idx", None)
     if padding is not None:
         g = g.masked_fill((ids == padding)[:, :, None], 0)

@@ -8,13 +8,14 @@ formula its rule assumes; only agreement gives it the rule.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_dp.layers.base import LayerRule, LayerRules
+from hf_dp.layers.conv import convolution, group_norm, is_plain_convolution
 from hf_dp.layers.embedding import embedding, is_plain_embedding
 from hf_dp.layers.linear import linear, transposed_linear
 from hf_dp.layers.norm import layer_norm, rms_norm, rms_norm_offset
@@ -23,6 +24,19 @@ DEFAULT_LAYER_RULES: LayerRules = {
     nn.Linear: linear,
     nn.Embedding: embedding,
     nn.LayerNorm: layer_norm,
+    nn.GroupNorm: group_norm,
+    nn.Conv1d: convolution,
+    nn.Conv2d: convolution,
+    nn.Conv3d: convolution,
+}
+
+# Formulas that hold for inputs of any rank, with the width last.
+ANY_LEADING_AXES: frozenset[LayerRule] = frozenset(
+    {linear, transposed_linear, embedding, layer_norm, rms_norm, rms_norm_offset}
+)
+_CONDITIONS: Mapping[LayerRule, Callable[[nn.Module], bool]] = {
+    embedding: is_plain_embedding,
+    convolution: is_plain_convolution,
 }
 
 _EPSILON_NAMES = ("eps", "variance_epsilon", "epsilon")
@@ -41,14 +55,15 @@ def recognise(module: nn.Module, rules: LayerRules = DEFAULT_LAYER_RULES) -> Lay
     if "forward" in vars(module):
         return None
     for cls in type(module).__mro__:
-        if cls in rules and _forward(type(module)) is _forward(cls):
+        if cls in rules and _computation(type(module)) == _computation(cls):
             rule = rules[cls]
-            return rule if rule is not embedding or is_plain_embedding(module) else None
+            fits = _CONDITIONS.get(rule)
+            return rule if fits is None or fits(module) else None
     return _by_computation(module)
 
 
-def _forward(cls: type) -> object:
-    return getattr(cls, "forward", None)
+def _computation(cls: type) -> tuple[object, object]:
+    return getattr(cls, "forward", None), getattr(cls, "_conv_forward", None)
 
 
 def is_relative_bias_owner(module: nn.Module) -> bool:
@@ -73,9 +88,12 @@ def _by_computation(module: nn.Module) -> LayerRule | None:
     if set(own) == {"weight"} and weight.dim() == 1:
         candidates = [(rms_norm, _rms_gain), (rms_norm_offset, _rms_one_plus_gain)]
     elif set(own) <= {"weight", "bias"} and weight.dim() == 2:
-        candidates = [(transposed_linear, _transposed)]
-    width = weight.shape[0]
-    return next((rule for rule, formula in candidates if _computes(module, formula, width)), None)
+        candidates = [(transposed_linear, _transposed), (linear, _linear)]
+    for rule, formula in candidates:
+        width = weight.shape[1 if rule is linear else 0]
+        if _computes(module, formula, width):
+            return rule
+    return None
 
 
 def _rms_gain(module: nn.Module, x: Tensor) -> Tensor:
@@ -95,6 +113,10 @@ def _over_rms(module: nn.Module, x: Tensor) -> Tensor:
 def _transposed(module: nn.Module, x: Tensor) -> Tensor:
     weight, bias = module.get_parameter("weight"), module._parameters.get("bias")
     return F.linear(x, weight.mT, bias)
+
+
+def _linear(module: nn.Module, x: Tensor) -> Tensor:
+    return F.linear(x, module.get_parameter("weight"), module._parameters.get("bias"))
 
 
 @torch.no_grad()

@@ -68,6 +68,7 @@ def build(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     """A tiny model in evaluation mode; its weights are large enough for gradients to differ."""
     torch.manual_seed(0)
     model = _MORE[name][0]() if name in _MORE else loss_zoo.MODELS[name][0]()
+    model.config.use_cache = False  # as training does
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

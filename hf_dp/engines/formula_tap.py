@@ -1,0 +1,80 @@
+"""The tap behind a module that has a formula: one tensor in, one tensor out."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_dp.engines.coverage import Layout
+from hf_dp.engines.tap import PointTap, note_sizes
+from hf_dp.layers.base import FIRST, FOLDED, SHARED, repeated
+
+_EVERY_UNIT_FIRST = Layout((FIRST,), (FIRST,))
+
+
+class FormulaTap(PointTap):
+    """A module with one input and one output, for which there is a formula."""
+
+    def attach(self, stack: contextlib.ExitStack) -> None:
+        if self.point.method == "forward":
+            super().attach(stack)
+        else:
+            self._wrap_method(stack)
+
+    def tapped(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        inputs = self.point.sole_input(args, kwargs)
+        units = self.record.num_units
+        if units == 1:
+            layout = _of_one(inputs, output)
+        else:
+            known = self.layouts.get(None)
+            if known is None:
+                raise self.unseen()
+            layout = known
+            self.check_rows(layout, 0, layout.inputs[0], inputs)
+            if self.counts and layout.inputs[0] == FIRST:
+                note_sizes(self.record.sizes, self.point.name, inputs)
+            if layout.inputs[0] is SHARED:
+                inputs, output = (repeated(tensor, units)[0] for tensor in (inputs, output))
+        axis = FIRST if layout.inputs[0] is SHARED else layout.inputs[0]
+        return self.record.through(self.point, axis, (output,), (inputs,))[0]
+
+    def _wrap_method(self, stack: contextlib.ExitStack) -> None:
+        """Tap a method's output instead, for ``compute_bias``, whose table has no unit axis."""
+        module, name = self.point.module, self.point.method
+        table = module.get_submodule("relative_attention_bias")
+        original = getattr(module, name)
+        seen: list[Tensor] = []
+
+        def wrapped(*args: Any, **kwargs: Any) -> Tensor:
+            if self.record.silent:
+                out: Tensor = original(*args, **kwargs)
+                return out
+            self.set_requires_grad(False)
+            handle = table.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+            try:
+                output = original(*args, **kwargs)
+            finally:
+                handle.remove()
+                self.set_requires_grad(True)
+            ids = seen.pop()
+            if not torch.is_grad_enabled():
+                return output
+            if output.shape[0] != 1:
+                raise self.unseen()
+            output = output.expand(self.record.num_units, *output.shape[1:])
+            return self.record.through(self.point, FIRST, (output,), (ids,))[0]
+
+        vars(module)[name] = wrapped
+        stack.callback(vars(module).pop, name)
+
+
+def _of_one(inputs: Tensor, output: Tensor) -> Layout:
+    """All rows of a batch of one are the one's."""
+    if inputs.shape[0] == 1 and output.shape[0] == 1:
+        return _EVERY_UNIT_FIRST
+    whole = FOLDED
+    return Layout((whole,), (whole,))

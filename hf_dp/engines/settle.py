@@ -1,0 +1,171 @@
+"""Finding, by running the first examples, the lowest module at which each parameter can be answered for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_dp.engines.attach import recording
+from hf_dp.engines.axes import _mode, establish_axes, sizes_of, unexplained
+from hf_dp.engines.base import ExampleLoss, checked_losses
+from hf_dp.engines.coverage import Coverage, LayoutUnknownError, NotTappableError, TapPoint
+from hf_dp.engines.precision import full_precision
+from hf_dp.engines.rows import batch_size, select_rows
+from hf_dp.engines.tap import Call, UsedOutsideError
+from hf_dp.engines.whole_tap import NoOutputAxisError, whole_call
+from hf_dp.errors import HfDpError
+from hf_dp.layers.randomness import kept_randomness
+
+_UNCHANGED = 2e-2  # losses with and without taps: rounding in any dtype
+
+
+def settle(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    coverage: Coverage,
+    example_loss: ExampleLoss,
+    *,
+    deep: bool = False,
+) -> None:
+    """Establish where the examples are, and let parameters climb until every use is under a tap.
+
+    Nothing of it is released, and no generator is left changed.
+
+    Args:
+        model: As the engine will call it.
+        inputs: A micro-batch.
+        coverage: Is changed until it covers the model.
+        example_loss: One loss per example.
+        deep: Look at every example of the micro-batch, not at the first few.
+
+    Raises:
+        UncoveredParameterError: A parameter climbed past the model itself.
+    """
+    units = batch_size(inputs)
+    few = select_rows(inputs, range(min(units, 2)))
+    device = next(iter(coverage.parameters.values())).device
+    with kept_randomness(device):
+        while True:
+            if units > 1:
+                probes = {"probes": units} if deep else {}
+                refused = establish_axes(model, inputs, coverage, example_loss, **probes)
+                for point, why in refused:
+                    if any(point is p for p in coverage.points):  # another may have taken it along
+                        coverage.climb(point, why)
+                if refused:
+                    continue
+            if not _climbed_in_trial(model, few, coverage, example_loss):
+                break
+    coverage.settled = True
+
+
+def _climbed_in_trial(
+    model: nn.Module, few: Mapping[str, Any], coverage: Coverage, example_loss: ExampleLoss
+) -> bool:
+    for training in (False, True) if model.training else (False,):
+        try:
+            with _mode(model, training=training):
+                _trial(model, few, coverage, example_loss, compare=not training)
+        except UsedOutsideError as error:
+            for name in error.names:
+                coverage.climb_outside(
+                    coverage.parameters[name], f"Parameter {name!r} is used outside its module."
+                )
+            return True
+        except LayoutUnknownError as error:
+            if coverage.axes is None:
+                raise
+            coverage.climb(error.point, str(error))
+            return True
+        except NoOutputAxisError as error:
+            generic = error.point.generic
+            if generic is None or generic.repeats:
+                coverage.climb(error.point, str(error))
+            else:
+                generic.repeats = True
+            return True
+        except NotTappableError as error:
+            coverage.climb(error.point, str(error))
+            return True
+        except HfDpError:
+            raise
+        except Exception:
+            if not _climbed_from_shared(coverage):
+                raise
+            return True
+    return False
+
+
+def _trial(
+    model: nn.Module,
+    few: Mapping[str, Any],
+    coverage: Coverage,
+    example_loss: ExampleLoss,
+    *,
+    compare: bool,
+) -> None:
+    units = batch_size(few)
+
+    def try_out(call: Call) -> None:
+        if call.point.generic is not None:
+            with full_precision(call.inputs[0].device if call.inputs else anchor.device):
+                call.point.generic.try_out(whole_call(call, units))
+
+    with recording(coverage, units) as record:
+        anchor = record.anchor
+        losses = checked_losses(example_loss(model, few), units)
+        record.backward(losses, try_out)
+    if compare:
+        with torch.no_grad():
+            plain = example_loss(model, few)
+        if not _same(losses.detach(), plain):
+            raise RuntimeError("the losses changed under taps")
+
+
+def _same(found: Tensor, plain: Tensor) -> bool:
+    return torch.allclose(
+        found.double(), plain.double(), rtol=_UNCHANGED, atol=1e-6, equal_nan=True
+    )
+
+
+def _climbed_from_shared(coverage: Coverage) -> bool:
+    """Let go of taps that repeat one row for all examples: the model may not expect so many."""
+    for suspects in (
+        [p for p in coverage.points if p.generic is not None and p.generic.repeats],
+        [p for p in coverage.points if _serves_all(p, coverage)],
+        [p for p in coverage.points if p.method != "forward"],
+    ):
+        for point in suspects:
+            if any(point is p for p in coverage.points):
+                coverage.climb(point, f"{point.described} serves all examples at once.")
+        if suspects:
+            return True
+    return False
+
+
+def _serves_all(point: TapPoint, coverage: Coverage) -> bool:
+    layouts = coverage.layouts(point).values()
+    return point.rule is not None and any(layout.shared for layout in layouts)
+
+
+def check_folds(record: Any, inputs: Mapping[str, Any], num_units: int) -> None:
+    """Refuse a pass whose folded rows are not explained by the numbers of positions in it.
+
+    Raises:
+        LayoutUnknownError: Rows may belong to another example than their place says.
+    """
+    if not record.folds or num_units == 1:
+        return
+    sizes = {**record.sizes, **sizes_of(inputs)}
+    point = unexplained(record.folds, sizes, num_units)
+    if point is not None:
+        raise LayoutUnknownError(
+            point,
+            f"{point.described} got rows of several examples on one axis: expected as many for each as "
+            "the batch has positions. Without that, one example's gradient cannot be told from "
+            "another's. Use engine='sequential', or freeze it.",
+        )
+

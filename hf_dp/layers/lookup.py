@@ -1,0 +1,121 @@
+"""The rule for tables whose forward does more than look up: scaled, offset, or with ids made inside.
+
+The forward is run again with the looked-up rows as the variable, so whatever it does before and after
+the lookup is differentiated by autograd, and the table's gradient stays one row per position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from hf_dp.errors import UncoveredParameterError
+from hf_dp.layers.factors import OneHot
+from hf_dp.layers.randomness import kept_randomness
+from hf_dp.layers.whole import WholeCall
+
+
+_ASKING = (Tensor.dim, Tensor.size, Tensor.is_floating_point)
+_ATTRIBUTES = (Tensor.dtype, Tensor.device, Tensor.shape)
+
+
+def is_lookup(module: nn.Module) -> bool:
+    """Whether `lookup` may answer for `module`: a table with a changed forward."""
+    return (
+        isinstance(module, nn.Embedding)
+        and set(dict(module.named_parameters())) == {"weight"}
+        and module.max_norm is None
+        and not module.scale_grad_by_freq
+        and not module.sparse
+    )
+
+
+class _Lookups(TorchFunctionMode):
+    """Hands out the rows of one table as variables; any other use of the table is refused."""
+
+    def __init__(self, table: Tensor) -> None:
+        super().__init__()
+        self.table = table
+        self.found: list[tuple[Tensor, Tensor, int | None]] = []
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        given = dict(kwargs or {})
+        if func is F.embedding and _argument(args, given, 1, "weight") is self.table:
+            ids = _argument(args, given, 0, "input")
+            padding = _argument(args, given, 2, "padding_idx")
+            rows = F.embedding(ids, self.table.detach()).requires_grad_()
+            self.found.append((ids, rows, padding))
+            return rows
+        leaves = tree_leaves((args, given))
+        if any(leaf is self.table for leaf in leaves) and not _asks_only(func):
+            raise UncoveredParameterError(
+                "a table that is used otherwise than by looking rows up: expected lookups alone. Its "
+                "other gradient would be lost. Use engine='sequential'."
+            )
+        return func(*args, **given)
+
+
+def _asks_only(func: Callable[..., Any]) -> bool:
+    """Whether `func` reads what a tensor is, such as its dtype, and not its numbers."""
+    return func in _ASKING or getattr(func, "__self__", None) in _ATTRIBUTES
+
+
+def _argument(args: Sequence[Any], kwargs: Mapping[str, Any], place: int, name: str) -> Any:
+    return args[place] if len(args) > place else kwargs.get(name)
+
+
+def lookup(call: WholeCall) -> OneHot:
+    """The table's gradients: row ``ids[b, t]`` gets what flows to where it was looked up.
+
+    Raises:
+        UncoveredParameterError: The table is used otherwise, or the ids have no axis of units.
+    """
+    table = call.parameters[0].detach()
+    rows, ids, paddings = [], [], []
+    with torch.enable_grad(), kept_randomness(call.device):
+        if call.drawn is not None:
+            call.drawn[0].restore()
+        with _Lookups(table) as lookups:
+            outputs = call.run([table], call.arguments)
+        for found, row, padding in lookups.found:
+            if found.dim() < 2 or found.shape[0] != call.num_units:
+                raise UncoveredParameterError(
+                    f"ids of shape {tuple(found.shape)}: expected {call.num_units} units on the first "
+                    "axis. Without that axis one unit's gradient cannot be told from another's. "
+                    "Use engine='sequential'."
+                )
+            ids.append(found.flatten(1))
+            rows.append(row)
+            paddings.append(padding)
+        pairs = [
+            (output, grad)
+            for output, grad in zip(outputs, call.output_grads, strict=True)
+            if grad is not None and output.requires_grad
+        ]
+        if not pairs:
+            raise UncoveredParameterError(
+                f"{type(call.module).__qualname__}: expected its output to depend on rows of its table. "
+                "Otherwise there is no lookup to differentiate. Use engine='sequential'."
+            )
+        grads = torch.autograd.grad(
+            [output for output, _ in pairs], rows, [grad for _, grad in pairs], materialize_grads=True
+        )
+    flat = [
+        grad.flatten(1, -2).masked_fill((one == padding)[:, :, None], 0)
+        if padding is not None
+        else grad.flatten(1, -2)
+        for grad, one, padding in zip(grads, ids, paddings, strict=True)
+    ]
+    return OneHot(torch.cat(ids, 1), torch.cat(flat, 1), table.shape[0])
