@@ -1,0 +1,154 @@
+"""The preflight of a DPTrainer: stops what is unsound before any release, and disturbs nothing."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_runs import collate, fixed, tiny_bert, trainer_for, weights
+from torch import Tensor, nn
+
+from hf_dp.errors import ConfigurationError
+from hf_dp.ledger import LEDGER_NAME, read_ledger
+from hf_dp.training import mixin, rehearsal
+from hf_dp.training.choice import Choice
+
+OFF = "preflight was switched off"
+
+
+def losses_of(model: nn.Module, inputs: Any) -> Tensor:
+    logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+    return nn.functional.cross_entropy(logits, inputs["labels"], reduction="none")
+
+
+def mean_of(model: nn.Module, inputs: Any) -> Tensor:
+    """Mixes examples in training alone: elsewhere the choice of the loss would see it already."""
+    losses = losses_of(model, inputs)
+    return losses.mean().expand(len(losses)) if model.training else losses
+
+
+class OwnBatchNorm(nn.Module):
+    """Known to no list of names; evaluation mode would hide it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - x.mean(0)) / (x.std(0, unbiased=False) + 1) if self.training else x
+
+
+def test_a_coupled_loss_stops_training_before_any_release(tmp_path: Path) -> None:
+    trainer = trainer_for(tmp_path, example_loss=mean_of)
+    before = weights(trainer.model)
+    with pytest.raises(ConfigurationError, match=r"^example_loss='loss': .* batch mates"):
+        trainer.train()
+    assert read_ledger(tmp_path / LEDGER_NAME).num_releases == 0
+    assert torch.equal(weights(trainer.model), before)
+
+
+def test_a_coupled_layer_is_named(tmp_path: Path) -> None:
+    model = tiny_bert()
+    model.bert.encoder.layer[1].output.dropout = OwnBatchNorm()
+    with pytest.raises(ConfigurationError, match=r"layer\.1\.output\.dropout='OwnBatchNorm'"):
+        trainer_for(tmp_path, model=model).train()
+
+
+def test_switched_off_it_sees_nothing_and_the_report_says_so(tmp_path: Path) -> None:
+    trainer = trainer_for(tmp_path, example_loss=mean_of, dp={"preflight": False})
+    trainer.train()
+    assert OFF in str(trainer.privacy_report())
+    checked = trainer_for(tmp_path / "b", example_loss=losses_of)
+    checked.train()
+    assert OFF not in str(checked.privacy_report())
+
+
+def test_micro_batches_of_one_may_have_any_loss(tmp_path: Path) -> None:
+    host = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8, "max_steps": 2}
+    trainer_for(tmp_path, example_loss=mean_of, host=host).train()
+
+
+@pytest.mark.parametrize("options", [{}, {"hidden_dropout_prob": 0.1}], ids=str)
+def test_a_run_is_the_same_with_and_without(tmp_path: Path, options: dict[str, Any]) -> None:
+    results = []
+    for asked in (True, False):
+        model = tiny_bert()
+        for module in model.modules():
+            if isinstance(module, nn.Dropout) and options:
+                module.p = 0.1
+        trainer = trainer_for(
+            tmp_path / str(asked),
+            model=model,
+            coins=fixed(),
+            dp={"preflight": asked, "engine": "sequential"},
+        )
+        trainer.train()
+        results.append(weights(trainer.model))
+    assert torch.equal(*results)
+
+
+def test_it_flies_once_a_run_with_the_engine_that_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flown: list[Any] = []
+    real = rehearsal.preflight
+
+    def noted(*args: Any, **parts: Any) -> None:
+        flown.append(parts["engine"])
+        real(*args, **parts)
+
+    monkeypatch.setattr(rehearsal, "preflight", noted)
+    trainer = trainer_for(tmp_path, host={"max_steps": 3})
+    trainer.train()
+    assert flown == [trainer.engine]
+    trainer.train()
+    assert flown == [trainer.engine] * 2
+
+
+def test_only_made_up_examples_are_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+
+    def noted(model: Any, alone: Any, together: Any, **parts: Any) -> None:
+        seen.append(together)
+
+    monkeypatch.setattr(rehearsal, "preflight", noted)
+    for index in (0, 1):
+        data = [{"input_ids": [8 + index, 9], "labels": index}] * 40
+        trainer_for(tmp_path / str(index), train_dataset=data, host={"max_steps": 1}).train()
+    assert all(torch.equal(seen[0][name], seen[1][name]) for name in collate(data))
+
+
+def test_what_cannot_be_tried_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def needs_real_words(model: nn.Module, inputs: Any) -> Tensor:
+        if len(inputs["labels"]) == 4:
+            raise ValueError("a private value")
+        return losses_of(model, inputs)
+
+    for name, rows in (("none", None), ("refused", collate([{"input_ids": [8], "labels": 0}] * 4))):
+        choice = Choice(needs_real_words, False, False, "given", rows)
+        monkeypatch.setattr(mixin, "choose", lambda *_, choice=choice, **__: choice)
+        with caplog.at_level(logging.DEBUG):
+            trainer_for(
+                tmp_path / name, host={"max_steps": 1, "per_device_train_batch_size": 2}
+            ).train()
+        assert caplog.text.count("preflight not possible") == 1
+        assert "a private value" not in caplog.text
+        caplog.clear()
+
+
+def test_where_each_is_computed_alone_there_is_nothing_to_compare(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Own(mixin.DPTrainerMixin):
+        pass
+
+    class Scaled(trainer_for(tmp_path / "x").__class__):  # type: ignore[misc]
+        def compute_loss(self, *args: Any, **options: Any) -> Any:
+            return 2 * super().compute_loss(*args, **options)
+
+    with caplog.at_level(logging.INFO):
+        trainer_for(tmp_path / "y", cls=Scaled, host={"max_steps": 1}).train()
+    assert "nothing to compare" in caplog.text
