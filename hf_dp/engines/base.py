@@ -50,12 +50,23 @@ class GradientEngine(ABC):
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Name -> parameter, each once, in the model's order; refuses a model that trains nothing."""
+    """Name -> parameter, each once, in the model's order.
+
+    Raises:
+        ConfigurationError: There is none, or hooks on one of them would see private gradients.
+    """
     found = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not found:
         raise ConfigurationError(
             f"model={type(model).__name__}: expected at least one parameter with requires_grad=True. "
             "There is nothing to train. Unfreeze a layer, or add an adapter."
+        )
+    watched = [name for name, p in found.items() if p._backward_hooks]
+    if watched:
+        raise ConfigurationError(
+            f"model.{watched[0]}: expected no gradient hooks on trainable parameters (wandb.watch sets "
+            "them). They would see, or change, single examples' gradients before they are clipped. "
+            "Remove the hooks; for W&B leave WANDB_WATCH unset."
         )
     return found
 

@@ -118,7 +118,7 @@ def _with_parts(collator: object) -> list[object]:
     todo = [collator]
     while todo:
         part = todo.pop()
-        if callable(part) and not any(part is known for known in found):
+        if (not found or callable(part)) and not any(part is known for known in found):
             found.append(part)
             todo += [getattr(part, name, None) for name in ("func", "__self__", "__wrapped__")]
             todo += [*getattr(part, "args", ()), *(getattr(part, "keywords", None) or {}).values()]

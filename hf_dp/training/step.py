@@ -75,7 +75,7 @@ def _refuse_changes(model: nn.Module, before: Mapping[str, tuple[Tensor, int]]) 
         if changed:
             raise PrivacyError(
                 f"model.{name}: expected a tensor that the forward pass leaves as it is. It gathers "
-                "something of private examples, neither clipped nor noised, and is saved with the model. "
+                "statistics of private examples, neither clipped nor noised, and is saved with the model. "
                 "Switch running statistics off (track_running_stats=False), or replace the layer."
             )
 
