@@ -23,11 +23,12 @@ _SMALL = 0.02  # what a parameter that is all zero is tried with
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Dropout off, zeros filled; parameters, buffers, flags and torch's generators are put back.
+    """Dropout off, rows of zeros filled; parameters, buffers, flags and torch's generators are put back.
 
     The model keeps its mode, since in evaluation mode other code would run than in training. A
-    trainable parameter that is zero throughout (a new head, LoRA's second matrix) would hide all that
-    lies before it, so small numbers from a public seed stand in for it meanwhile.
+    trainable parameter that is zero (a new head, LoRA's second matrix) would hide all that lies before
+    it, and a row of zeros (of the padding token) what reads it, so small numbers from a public seed
+    stand in for them meanwhile.
     """
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     with contextlib.ExitStack() as stack:
@@ -82,13 +83,17 @@ class _WithoutDropout(TorchFunctionMode):
 
 
 def _filled(model: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
-    """Put stand-ins in the place of zeros; return what belongs there."""
+    """Put stand-ins in the place of rows of zeros; return what belongs there."""
     generator = torch.Generator().manual_seed(0)  # public: nothing private is involved
-    zeros = [p for p in model.parameters() if p.requires_grad and not bool(p.detach().any())]
-    before = [(parameter, parameter.data) for parameter in zeros]
-    for parameter, values in before:
-        small = torch.randn(values.shape, generator=generator) * _SMALL
-        parameter.data = small.to(values)
+    before = []
+    for parameter in model.parameters():
+        values = parameter.data
+        zeros = ~values.flatten(1).any(1) if values.dim() > 1 else ~values.any().expand(len(values))
+        if parameter.requires_grad and bool(zeros.any()):
+            small = torch.randn(values.shape, generator=generator) * _SMALL
+            shape = (-1,) + (1,) * (values.dim() - 1)
+            parameter.data = torch.where(zeros.view(shape), small.to(values), values)
+            before.append((parameter, values))
     return before
 
 

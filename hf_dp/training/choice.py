@@ -7,17 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from hf_dp.training.alone import ComputeLoss, ExampleLoss, definition_loss
-from hf_dp.training.losses import choose_example_loss, is_coarse
-from hf_dp.training.made_up import each_alone, made_up_rows
+from hf_dp.training.losses import choose_example_loss
+from hf_dp.training.made_up import made_up_rows
+from hf_dp.training.padding import padding_matters
 
 logger = logging.getLogger(__name__)
-
-_TOLERANCE = 1e-5
-_HALF_TOLERANCE = 5e-2  # rounding of a forward pass in half precision, between shapes of batches
 
 
 @dataclass(frozen=True)
@@ -47,6 +44,7 @@ def choose(
     given: ExampleLoss | None,
     trusted: bool,
     label_smoothing: float = 0.0,
+    padding_id: int | None = None,
 ) -> Choice:
     """Choose on made-up examples; whatever cannot be tried on them is done one example at a time.
 
@@ -58,10 +56,13 @@ def choose(
         trusted: Whether `compute_loss` is the host's own, so that a vectorised form that agrees with
             it on made-up examples agrees everywhere.
         label_smoothing: ``TrainingArguments.label_smoothing_factor``.
+        padding_id: The token that the collator pads with; None if that is not known.
     """
     rows = _rows(model, columns)
     if given is not None:
-        return Choice(given, False, _padding_matters(given, model, rows), "given by the user", rows)
+        return Choice(
+            given, False, padding_matters(given, model, rows, padding_id), "given by the user", rows
+        )
     found = None
     if trusted and rows is not None:
         found = _vectorised(model, rows, compute_loss, label_smoothing)
@@ -69,7 +70,7 @@ def choose(
         definition = definition_loss(compute_loss)
         return Choice(definition, True, True, "compute_loss, one example at a time", rows)
     loss, description = found
-    return Choice(loss, False, _padding_matters(loss, model, rows), description, rows)
+    return Choice(loss, False, padding_matters(loss, model, rows, padding_id), description, rows)
 
 
 def announce(choice: Choice) -> None:
@@ -104,24 +105,3 @@ def _vectorised(
     except Exception as error:  # the made-up examples do not suit this model
         logger.debug("made-up examples refused: %s", type(error).__name__)
         return None
-
-
-def _padding_matters(loss: ExampleLoss, model: nn.Module, rows: Mapping[str, Any] | None) -> bool:
-    """Whether an example's loss changes with the padding that longer neighbours make necessary."""
-    if rows is None:
-        return True
-    training = [(module, module.training) for module in model.modules()]
-    try:
-        for module, _ in training:
-            module.training = False
-        with torch.no_grad():
-            together = loss(model, rows)
-            single = torch.cat([loss(model, one) for one in each_alone(rows)])
-        tolerance = _HALF_TOLERANCE if is_coarse(model) else _TOLERANCE
-        return not torch.allclose(together, single, rtol=tolerance, atol=tolerance)
-    except Exception as error:  # the loss is foreign code
-        logger.debug("the loss could not be tried: %s", type(error).__name__)
-        return True
-    finally:
-        for module, mode in training:
-            module.training = mode

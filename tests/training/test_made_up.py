@@ -23,6 +23,7 @@ def _choice(name: str, model: torch.nn.Module, smoothing: float = 0.0) -> Choice
         given=None,
         trusted=True,
         label_smoothing=smoothing,
+        padding_id=getattr(model.config, "pad_token_id", None),
     )
 
 

@@ -1,0 +1,138 @@
+"""Whether an example's loss depends on the padding that longer neighbours make necessary.
+
+The test is made on made-up examples, in full precision and at weights where nothing is zero by chance:
+a head that begins at zero, or the row of the padding token, would hide what the first noisy steps
+bring out. Losses that agree there agree for all weights, and so do their gradients.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_dp.engines.precision import full_precision
+from hf_dp.engines.undisturbed import draws, evaluation_flags, undisturbed
+from hf_dp.training.alone import ExampleLoss
+from hf_dp.training.losses import is_coarse
+from hf_dp.training.made_up import each_alone
+
+logger = logging.getLogger(__name__)
+
+_TOLERANCE = 1e-5
+_MOST_PARAMETERS = 2_000_000_000  # of which a copy in float32, 8 GB, is made for the test
+
+
+def padding_matters(
+    loss: ExampleLoss,
+    model: nn.Module,
+    rows: Mapping[str, Any] | None,
+    padding_id: int | None = None,
+) -> bool:
+    """Whether a made-up example's loss changes with padding or with its neighbours.
+
+    Args:
+        loss: One loss per example.
+        model: Left as it is; one in half precision is copied.
+        rows: Made-up examples of different lengths as one batch, or None where there are none.
+        padding_id: The token that the collator pads with; None if that is not known, and then it
+            must not matter which.
+
+    Returns:
+        True also where it could not be tried.
+    """
+    if rows is None:
+        return True
+    try:
+        wide = _wide(model)
+        with full_precision(next(wide.parameters()).device), undisturbed(wide):
+            if wide is not model or not is_coarse(wide):
+                return any(
+                    _differs(loss, wide, variant) for variant in _variants(rows, wide, padding_id)
+                )
+    except Exception as error:  # the loss is foreign code
+        logger.debug("the loss could not be tried: %s", type(error).__name__)
+    return True
+
+
+def collators_padding(collate: Callable[[list[Any]], Any], item: Any, key: str) -> int | None:
+    """The token that a collator pads with, seen where it batches an example with its double.
+
+    Args:
+        collate: The data collator.
+        item: An example; of the result nothing but the padding is looked at.
+        key: Name of its tokens.
+    """
+    try:
+        own = [int(token) for token in item[key]]
+        double = {
+            name: [*value, *value] if _is_row(value, len(own)) else value
+            for name, value in item.items()
+        }
+        tail = collate([copy.deepcopy(item), copy.deepcopy(double)])[key][0, len(own) :]
+        found = set(tail.tolist())
+    except Exception as error:  # a foreign collator may want anything
+        logger.debug("the collator's padding is not known: %s", type(error).__name__)
+        return None
+    return int(found.pop()) if len(found) == 1 else None
+
+
+def _is_row(value: Any, length: int) -> bool:
+    return isinstance(value, list | tuple | Tensor) and len(value) == length
+
+
+def _wide(model: nn.Module) -> nn.Module:
+    """`model`, or a float32 copy where half precision would hide small differences."""
+    narrow = any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters())
+    if not narrow:
+        return model
+    if sum(p.numel() for p in model.parameters()) > _MOST_PARAMETERS:
+        raise MemoryError("too large to be copied for a test of padding")
+    return copy.deepcopy(model).float()
+
+
+def _variants(
+    rows: Mapping[str, Any], model: nn.Module, padding_id: int | None
+) -> Sequence[Mapping[str, Any]]:
+    """The batch as the collator pads it; with several paddings where that is not known."""
+    rows = {name: _as_wide(value, model) for name, value in rows.items()}
+    ids, mask = rows.get("input_ids"), rows.get("attention_mask")
+    if not isinstance(ids, Tensor) or not isinstance(mask, Tensor) or ids.shape != mask.shape:
+        return [rows]
+    largest = int(ids.max())
+    tokens = {0, largest} if padding_id is None else {padding_id}
+    given = [rows] if padding_id is None else []
+    return [
+        *given,
+        *({**rows, "input_ids": ids.masked_fill(mask == 0, token)} for token in sorted(tokens)),
+    ]
+
+
+def _as_wide(value: Any, model: nn.Module) -> Any:
+    half = isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
+    return value.to(next(model.parameters()).dtype) if half else value
+
+
+def _differs(loss: ExampleLoss, model: nn.Module, rows: Mapping[str, Any]) -> bool:
+    """In evaluation mode, and in training mode if that draws nothing."""
+    modes = [False] if draws(lambda: _in_mode(loss, model, rows, training=True)) else [True, False]
+    for training in modes:
+        together = _in_mode(loss, model, rows, training=training)
+        single = [_in_mode(loss, model, one, training=training) for one in each_alone(rows)]
+        if not torch.allclose(together, torch.cat(single), rtol=_TOLERANCE, atol=_TOLERANCE):
+            return True
+    return False
+
+
+def _in_mode(
+    loss: ExampleLoss, model: nn.Module, rows: Mapping[str, Any], *, training: bool
+) -> Tensor:
+    evaluation_flags(model)
+    if training:
+        for module in model.modules():
+            module.training = True
+    return loss(model, rows)

@@ -1,0 +1,152 @@
+"""Examples are batched with padding only where no example's loss can depend on it, now or later."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from loss_zoo import batch, build
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hf_dp.training.made_up import made_up_rows
+from hf_dp.training.padding import collators_padding, padding_matters
+
+VOCAB, PAD = 23, 3
+
+
+class Pooled(nn.Module):
+    """A classifier of the mean of its tokens, which may forget that some are padding."""
+
+    def __init__(self, *, forgets: bool, head: float = 1.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(VOCAB, 8)
+        self.head = nn.Linear(8, 3)
+        self.forgets = forgets
+        with torch.no_grad():
+            self.head.weight.mul_(head)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        hidden = self.embedding(input_ids)
+        mask = torch.ones_like(attention_mask) if self.forgets else attention_mask
+        return self.head((hidden * mask[..., None]).sum(1) / mask.sum(1)[:, None])
+
+
+class Neighbours(nn.Module):
+    """Reads each token with the next one, as MobileBERT does: padding too, whose row is zero at first."""
+
+    def __init__(self, padding_idx: int | None = PAD) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(VOCAB, 8, padding_idx=padding_idx)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        hidden = self.embedding(input_ids)
+        after = F.pad(hidden[:, 1:], (0, 0, 0, 1))
+        both = torch.cat([hidden, after], 2) * attention_mask[..., None]
+        return self.head(both.sum(1) / attention_mask.sum(1)[:, None])
+
+
+class InTraining(Pooled):
+    """Forgets the mask in training mode only."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        self.forgets = self.training
+        return super().forward(input_ids, attention_mask)
+
+
+def class_losses(model: nn.Module, inputs: Any) -> Tensor:
+    logits = model(inputs["input_ids"], inputs["attention_mask"])
+    return F.cross_entropy(logits.float(), inputs["labels"], reduction="none")
+
+
+def matters(model: nn.Module, padding_id: int | None = PAD) -> bool:
+    columns = {
+        "input_ids": torch.zeros(1, 4, dtype=torch.long),
+        "attention_mask": torch.ones(1, 4, dtype=torch.long),
+        "labels": torch.zeros(1, dtype=torch.long),
+    }
+    rows = made_up_rows(model, columns)
+    rows["labels"] = torch.tensor([0, 1, 2, 1])
+    return padding_matters(class_losses, model, rows, padding_id)
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda: Pooled(forgets=False), False),
+        (lambda: Pooled(forgets=True), True),
+        (lambda: Pooled(forgets=True, head=0.0), True),  # no loss shows it yet
+        (lambda: Pooled(forgets=True).bfloat16(), True),
+        (
+            lambda: Pooled(forgets=True, head=1e-3).bfloat16(),
+            True,
+        ),  # within half precision's rounding
+        (lambda: Pooled(forgets=False).bfloat16(), False),
+        (Neighbours, True),  # the padding's row is zero until noise moves it
+        (lambda: InTraining(forgets=False).eval(), True),
+    ],
+)
+def test_padding_that_is_read_is_found_whatever_hides_it(
+    make: Callable[[], nn.Module], expected: bool
+) -> None:
+    assert matters(make()) is expected
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = Neighbours().train()
+    model.head.eval()
+    before = {name: (p.data_ptr(), p.clone()) for name, p in model.named_parameters()}
+    assert matters(model)
+    for name, parameter in model.named_parameters():
+        assert parameter.data_ptr() == before[name][0]
+        assert torch.equal(parameter, before[name][1])
+    assert model.training
+    assert not model.head.training
+
+
+def of_gpt2(model: nn.Module, inputs: Any) -> Tensor:
+    given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    return F.cross_entropy(model(**given).logits, inputs["labels"], reduction="none")
+
+
+def test_a_model_that_looks_for_another_padding_token_is_found() -> None:
+    """GPT-2's classifier reads the last token that is not padding, by the id in its configuration."""
+    model = build("gpt2-cls")
+    rows = made_up_rows(model, {name: value[:1] for name, value in batch("gpt2-cls").items()})
+    own = model.config.pad_token_id
+    assert not padding_matters(of_gpt2, model, rows, own)
+    assert padding_matters(of_gpt2, model, rows, own + 4)
+    assert padding_matters(of_gpt2, model, rows, None), "not known which, so it must not matter"
+
+
+def test_what_cannot_be_tried_matters() -> None:
+    assert padding_matters(class_losses, Pooled(forgets=False), None)
+    assert padding_matters(class_losses, Pooled(forgets=False), {"other": torch.zeros(4)})
+
+
+class Tokenizer:
+    """What `DataCollatorWithPadding` asks of one."""
+
+    def pad(self, features: list[dict[str, Any]], **_: Any) -> dict[str, Tensor]:
+        longest = max(len(f["input_ids"]) for f in features)
+        return {
+            "input_ids": torch.tensor(
+                [f["input_ids"] + [PAD] * (longest - len(f["input_ids"])) for f in features]
+            ),
+            "labels": torch.tensor([f["label"] for f in features]),
+        }
+
+
+def test_the_collators_padding_is_read_off_its_result() -> None:
+    collate = tf.DataCollatorWithPadding(Tokenizer())
+    item = {"input_ids": [5, 6, 7], "label": 1}
+    assert collators_padding(collate, item, "input_ids") == PAD
+    assert item == {"input_ids": [5, 6, 7], "label": 1}
+    assert collators_padding(collate, {"text": "a b"}, "input_ids") is None
+    assert collators_padding(lambda items: 1 / 0, item, "input_ids") is None
