@@ -8,6 +8,7 @@ import typer
 
 from hf_dp.cli.demo import demo
 from hf_dp.cli.epsilon import epsilon
+from hf_dp.cli.explain import explain
 from hf_dp.cli.noise import noise
 from hf_dp.cli.report import report
 from hf_dp.errors import HfDpError
@@ -20,7 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (epsilon, noise, report, demo):
+for command in (epsilon, noise, report, explain, demo):
     app.command()(command)
 
 

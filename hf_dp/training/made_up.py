@@ -23,25 +23,28 @@ LENGTHS = (7, 5, 4, 2)
 _ENDS = ("start_positions", "end_positions")
 
 
-def made_up_rows(model: nn.Module, columns: Mapping[str, Any]) -> dict[str, Any]:
-    """Four examples of different lengths with the columns of a real batch, padded on the right.
+def made_up_rows(
+    model: nn.Module, columns: Mapping[str, Any], lengths: tuple[int, ...] = LENGTHS
+) -> dict[str, Any]:
+    """Examples of these lengths with the columns of a real batch, padded on the right.
 
     Args:
         model: Read for its vocabulary, and run once without labels for its number of classes.
         columns: A collated batch of one example; of its values only shapes and types are used.
+        lengths: Of the examples, in tokens.
     """
     generator = torch.Generator().manual_seed(0)  # public on purpose: so are these examples
     width = _width(columns)
     rows: dict[str, Any] = {}
     for name, value in columns.items():
         if name not in ("labels", *_ENDS):
-            rows[name] = _column(name, value, width, _tokens(model), generator)
+            rows[name] = _column(name, value, width, _tokens(model), lengths, generator)
     for name in _ENDS:
         if name in columns:
-            ends = [int(torch.randint(0, length, (), generator=generator)) for length in LENGTHS]
+            ends = [int(torch.randint(0, length, (), generator=generator)) for length in lengths]
             rows[name] = torch.tensor(ends, device=columns[name].device)
     if isinstance(columns.get("labels"), Tensor):
-        rows["labels"] = _labels(model, columns["labels"], rows, generator)
+        rows["labels"] = _labels(model, columns["labels"], rows, lengths, generator)
     return rows
 
 
@@ -70,14 +73,19 @@ def _width(columns: Mapping[str, Any]) -> int | None:
 
 
 def _column(
-    name: str, value: Any, width: int | None, tokens: tuple[int, int], generator: torch.Generator
+    name: str,
+    value: Any,
+    width: int | None,
+    tokens: tuple[int, int],
+    lengths: tuple[int, ...],
+    generator: torch.Generator,
 ) -> Any:
     if not isinstance(value, Tensor) or value.dim() == 0:
         return value
     per_token = width is not None and value.dim() >= 2 and value.shape[1] == width
-    tail = (max(LENGTHS), *value.shape[2:]) if per_token else tuple(value.shape[1:])
-    shape = (len(LENGTHS), *tail)
-    mask = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]  # (4, 7)
+    tail = (max(lengths), *value.shape[2:]) if per_token else tuple(value.shape[1:])
+    shape = (len(lengths), *tail)
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]  # (B, T)
     if name in ("input_ids", "decoder_input_ids"):
         vocabulary, padding = tokens
         made = torch.randint(0, vocabulary - 1, shape, generator=generator)
@@ -102,7 +110,10 @@ def _tokens(model: nn.Module) -> tuple[int, int]:
 
 
 def _vocabulary(model: nn.Module) -> int:
-    embeddings = getattr(unwrapped(model), "get_input_embeddings", lambda: None)()
+    try:
+        embeddings = unwrapped(model).get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):  # no model of transformers, or of sound
+        embeddings = None
     size = getattr(embeddings, "num_embeddings", None)
     if isinstance(size, int):
         return size
@@ -113,17 +124,21 @@ def _vocabulary(model: nn.Module) -> int:
 
 
 def _labels(
-    model: nn.Module, real: Tensor, rows: Mapping[str, Any], generator: torch.Generator
+    model: nn.Module,
+    real: Tensor,
+    rows: Mapping[str, Any],
+    lengths: tuple[int, ...],
+    generator: torch.Generator,
 ) -> Tensor:
-    count = len(LENGTHS)
+    count = len(lengths)
     if real.is_floating_point():
         made = torch.rand(count, *real.shape[1:], generator=generator)
         return (made.round() if real.dim() == 2 else made).to(real)
     classes = _classes(model, rows)
     if real.dim() < 2 or (real.shape[1:] == (1,) and _width(rows) is None):
         return torch.randint(0, classes, (count, *real.shape[1:]), generator=generator).to(real)
-    made = torch.randint(0, classes, (count, max(LENGTHS)), generator=generator)
-    own = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
+    made = torch.randint(0, classes, (count, max(lengths)), generator=generator)
+    own = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     return made.masked_fill(~own, IGNORED).to(real)
 
 

@@ -23,6 +23,7 @@ from hf_dp.accounting.base import Accountant
 from hf_dp.coins import Coins, SecretCoins
 from hf_dp.engines import ExampleLoss, SequentialEngine, engine_named
 from hf_dp.engines.base import trainable_parameters
+from hf_dp.engines.explain import EngineReport
 from hf_dp.errors import PrivacyError
 from hf_dp.layers import DEFAULT_LAYER_RULES, LayerRules
 from hf_dp.plan import PrivacyPlan
@@ -30,9 +31,11 @@ from hf_dp.training.arguments import DPArguments, checked
 from hf_dp.training.batches import LogicalBatch, LogicalBatchSampler, drawn, logical_loader
 from hf_dp.training.checkpoints import resolve_checkpoint
 from hf_dp.training.choice import Choice, announce, choose
+from hf_dp.training.explaining import explain_training
 from hf_dp.training.lines import NonPrivateMetrics
 from hf_dp.training.losses import default_loss_ceiling
 from hf_dp.training.memory import MemoryLimit
+from hf_dp.training.padding import collators_padding
 from hf_dp.training.planning import Schedule, plan_for, schedule
 from hf_dp.training.refusals import private_copy, refuse_launcher, refuse_options
 from hf_dp.training.refused_parts import (
@@ -290,7 +293,8 @@ class DPTrainerMixin(ShownMixin):
         if self._choice is None:
             own = type(self).compute_loss.__module__.partition(".")[0] in _TRUSTED_HOSTS
             with self.coins.for_library_code(), self.compute_loss_context_manager():
-                columns = host.collate_fn([copy.deepcopy(host.dataset[0])])
+                item = host.dataset[0]
+                columns = host.collate_fn([copy.deepcopy(item)])
                 self._choice = choose(
                     self.model,
                     self._prepare_inputs(columns),
@@ -298,11 +302,32 @@ class DPTrainerMixin(ShownMixin):
                     given=self._given_loss,
                     trusted=own and self.compute_loss_func is None,
                     label_smoothing=self.args.label_smoothing_factor,
+                    padding_id=collators_padding(
+                        host.collate_fn, item, getattr(self.model, "main_input_name", "input_ids")
+                    ),
                 )
             announce(self._choice)
             if self._choice.is_definition:
                 self.engine = SequentialEngine()
         return self._choice
+
+    def explain_engine(self, length: int = 128) -> EngineReport:
+        """Which rule clips which parameter, in which form, at what cost.
+
+        Args:
+            length: Positions of the made-up examples on which it is found out.
+        """
+        host = super().get_train_dataloader()
+        self._settle_loss(host)
+        with self.coins.for_library_code():
+            columns = self._prepare_inputs(host.collate_fn([copy.deepcopy(host.dataset[0])]))
+            return explain_training(
+                self.model,
+                columns,
+                engine=self.engine,
+                example_loss=self._loss_of_each,
+                length=length,
+            )
 
     def _loss_of_each(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
         assert self._choice is not None

@@ -1,0 +1,295 @@
+"""How an engine clips a model's gradients, parameter by parameter, and what that costs.
+
+Found out by running it on made-up examples: which module answers for a parameter, by which rule, and in
+which form its norm is taken at the given length. Costs are arithmetic: operations and bytes per example,
+beside an ordinary backward pass of the same layer. Time depends on the machine as well.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from hf_dp.clipping.flat import FlatClipping
+from hf_dp.engines.base import ExampleLoss, GradientEngine, trainable_parameters
+from hf_dp.engines.coverage import Coverage, TapPoint
+from hf_dp.engines.rows import batch_size
+from hf_dp.engines.undisturbed import undisturbed
+from hf_dp.layers.factors import Factor
+
+_SINGLE = 4  # bytes of a float32
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+_TWO_PASSES = 1 / 3  # of a step: one more backward pass without weight gradients
+
+
+@dataclass(frozen=True)
+class EngineRow:
+    """Parameters that are treated alike, those of repeated layers in one row.
+
+    Attributes:
+        parameters: Their name, with ``*`` for a layer's number.
+        count: How many they are.
+        shape: Of each.
+        module: The class of the module that answers for them.
+        rule: The formula; "generic" where the module is run again, "sequential" without a tap.
+        form: How the norm is taken: "gram", "written out", "segmented" and sums of these.
+        ordinary_flops: Of the layers' ordinary backward pass, per example; 0 where it is no product.
+        extra_flops: What norm and clipped sum add, per example, or None where it is not known.
+        extra_bytes: What is kept until the sum, per example.
+    """
+
+    parameters: str
+    count: int
+    shape: tuple[int, ...]
+    module: str
+    rule: str
+    form: str
+    ordinary_flops: float
+    extra_flops: float | None
+    extra_bytes: float
+
+    @property
+    def ratio(self) -> float | None:
+        """Extra operations over those of the ordinary backward pass; None where it is no product."""
+        if self.extra_flops is None or not self.ordinary_flops:
+            return None
+        return self.extra_flops / self.ordinary_flops
+
+
+@dataclass(frozen=True)
+class EngineReport:
+    """The plan of an engine for one model at one length.
+
+    Attributes:
+        engine: The engine that was chosen.
+        length: Positions of the made-up examples, or None where they have none.
+        rows: Every trainable parameter, in the model's order.
+        plain_flops: Of a step without privacy, forward and backward, per example.
+    """
+
+    engine: str
+    length: int | None
+    rows: tuple[EngineRow, ...]
+    plain_flops: float
+
+    @property
+    def overhead(self) -> float | None:
+        """Predicted operations over those of a plain step; None where a part is not known."""
+        if not self.plain_flops or any(row.extra_flops is None for row in self.rows):
+            return None
+        extra = sum(row.extra_flops or 0.0 for row in self.rows) / self.plain_flops
+        return 1 + extra + (_TWO_PASSES if self.engine == "two_pass" else 0)
+
+    @property
+    def extra_bytes(self) -> float:
+        """What is kept until the sum, per example."""
+        return sum(row.extra_bytes for row in self.rows)
+
+    @property
+    def summary(self) -> str:
+        """One sentence."""
+        if self.engine == "sequential":
+            return "One example at a time: no more operations, but in batches of one."
+        kept = f"{self.extra_bytes / 2**20:.3g} MiB per example are kept until the sum"
+        if self.overhead is None:
+            return f"Some rules run foreign code, whose operations are not known; {kept}."
+        return f"Predicted: {self.overhead:.3f} x the operations of a plain step; {kept}."
+
+    def cells(self) -> list[tuple[str, ...]]:
+        """The table as words, its head first."""
+        head = ("parameters", "x", "shape", "module", "rule", "form", "cost", "kept")
+        return [head, *(_words(row) for row in self.rows)]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; sizes per example."""
+        return {
+            "engine": self.engine,
+            "length": self.length,
+            "plain_flops": self.plain_flops,
+            "overhead": self.overhead,
+            "extra_bytes": self.extra_bytes,
+            "rows": [{**asdict(row), "ratio": row.ratio} for row in self.rows],
+        }
+
+    def __str__(self) -> str:
+        cells = self.cells()
+        widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+        lines = [
+            "  ".join(word.ljust(n) for word, n in zip(row, widths, strict=True)) for row in cells
+        ]
+        at = "" if self.length is None else f" at length {self.length}"
+        return "\n".join([f"engine {self.engine}{at}", *map(str.rstrip, lines), self.summary])
+
+
+def explain_engine(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    *,
+    engine: GradientEngine,
+    example_loss: ExampleLoss,
+    length: int | None = None,
+) -> EngineReport:
+    """Run `engine` on public examples and tell how it went about it.
+
+    Args:
+        model: Left as it was.
+        inputs: Two made-up examples or more, as one batch without padding.
+        engine: What it learns about the model stays with it.
+        example_loss: One loss per example.
+        length: Positions of the examples, for the report.
+
+    Raises:
+        UncoveredParameterError: The engine does not cover the model.
+    """
+    with undisturbed(model):
+        clipping = FlatClipping(1.0)
+        engine.clipped_sum(model, inputs, example_loss=example_loss, clipping=clipping)
+        chosen: GradientEngine = getattr(engine, "chosen", None) or engine
+        plain = _plain_flops(model, inputs, example_loss)
+        recorder = getattr(chosen, "recorder", None)
+        if recorder is None:
+            rows = _sequential_rows(model)
+        else:
+            factors: dict[str, EngineRow] = {}
+            coverage = recorder.coverage(model)
+            with recorder.forward(model, inputs, example_loss) as passed:
+                passed.backward(
+                    lambda name, factor: factors.update({name: _row(coverage, name, factor)})
+                )
+            rows = [
+                factors.get(name) or _unused(name, p) for name, p in coverage.parameters.items()
+            ]
+    return EngineReport(chosen.name, length, tuple(_grouped(rows)), plain)
+
+
+def _plain_flops(model: nn.Module, inputs: Mapping[str, Any], example_loss: ExampleLoss) -> float:
+    parameters = list(trainable_parameters(model).values())
+    counter, passes = FlopCounterMode(display=False), 1
+    try:
+        with counter:
+            loss = example_loss(model, inputs).sum()
+            torch.autograd.grad(loss, parameters, allow_unused=True)
+    except RuntimeError:  # the counter's own hooks cannot follow every graph
+        counter, passes = FlopCounterMode(display=False), 3
+        with torch.no_grad(), counter:
+            example_loss(model, inputs)
+    return float(counter.get_total_flops()) * passes / batch_size(inputs)
+
+
+# ---- one parameter -------------------------------------------------------------------------------
+
+
+def _row(coverage: Coverage, name: str, factor: Factor) -> EngineRow:
+    parameter = coverage.parameters[name]
+    points = [p for p in coverage.points if any(q is parameter for q in p.parameters)]
+    form, ordinary, extra, kept = _cost(factor)
+    return EngineRow(
+        parameters=name,
+        count=1,
+        shape=tuple(parameter.shape),
+        module=_joined(type(point.module).__qualname__ for point in points),
+        rule=_joined(map(_rule, points)),
+        form=form,
+        ordinary_flops=ordinary,
+        extra_flops=None if any(point.rule is None for point in points) else extra,
+        extra_bytes=kept,
+    )
+
+
+def _rule(point: TapPoint) -> str:
+    return "generic" if point.rule is None else getattr(point.rule, "__name__", str(point.rule))
+
+
+def _joined(words: Iterable[str]) -> str:
+    return " + ".join(dict.fromkeys(words))
+
+
+def _cost(factor: Factor) -> tuple[str, float, float, float]:
+    """Form, operations of the ordinary backward pass, what comes on top, bytes kept; per example."""
+    parts = getattr(factor, "parts", None) or [getattr(factor, "inner", factor)]
+    costs = [_cost_of_one(part) for part in parts]
+    forms = _joined(cost[0] for cost in costs)
+    ordinary, extra, kept = (sum(numbers) for numbers in zip(*(c[1:] for c in costs), strict=True))
+    return forms, ordinary, extra, kept
+
+
+def _cost_of_one(factor: Factor) -> tuple[str, float, float, float]:
+    if hasattr(factor, "prefers_gram"):
+        (_, positions, d), p = factor.left.shape, factor.right.shape[2]  # type: ignore[attr-defined]
+        ordinary = 4.0 * positions * p * d
+        if factor.prefers_gram:
+            size = factor.left.element_size()  # type: ignore[attr-defined]
+            triangle = positions * (positions + 1.0) * (p + d)
+            return "gram", ordinary, triangle, size * positions * (p + d)
+        return "written out", ordinary, 4.0 * p * d, _SINGLE * p * d
+    rows = getattr(factor, "rows", None)
+    if rows is not None:
+        numbers = rows[0].numel()
+        return "segmented", 0.0, 4.0 * numbers, _SINGLE * numbers
+    values = getattr(factor, "values", None)
+    if values is not None:
+        numbers = values[0].numel()
+        return "written out", 0.0, 4.0 * numbers, _SINGLE * numbers
+    return type(factor).__name__.strip("_").lower(), 0.0, 0.0, 0.0
+
+
+def _unused(name: str, parameter: nn.Parameter) -> EngineRow:
+    return EngineRow(name, 1, tuple(parameter.shape), "-", "-", "not used", 0.0, 0.0, 0.0)
+
+
+def _sequential_rows(model: nn.Module) -> list[EngineRow]:
+    rows = []
+    for name, p in trainable_parameters(model).items():
+        owner = type(model.get_submodule(name.rpartition(".")[0])).__qualname__
+        kept = _SINGLE * p.numel()
+        rows.append(
+            EngineRow(name, 1, tuple(p.shape), owner, "sequential", "written out", 0, 0, kept)
+        )
+    return rows
+
+
+# ---- the table -----------------------------------------------------------------------------------
+
+
+def _grouped(rows: Iterable[EngineRow]) -> list[EngineRow]:
+    found: dict[Any, EngineRow] = {}
+    for row in rows:
+        named = replace(row, parameters=_NUMBER.sub("*", row.parameters))
+        key = (named.parameters, named.shape, named.module, named.rule, named.form)
+        same = found.get(key)
+        if same is None:
+            found[key] = named
+        else:
+            extras = (same.extra_flops, named.extra_flops)
+            found[key] = replace(
+                same,
+                count=same.count + 1,
+                ordinary_flops=same.ordinary_flops + named.ordinary_flops,
+                extra_flops=None if None in extras else sum(e or 0.0 for e in extras),
+                extra_bytes=same.extra_bytes + named.extra_bytes,
+            )
+    return list(found.values())
+
+
+def _words(row: EngineRow) -> tuple[str, ...]:
+    if row.extra_flops is None:
+        cost = "unknown"
+    elif row.ratio is None:
+        cost = f"{_short(row.extra_flops)}FLOP"
+    else:
+        cost = f"+{row.ratio:.1%}"
+    shape = " x ".join(map(str, row.shape)) or "()"
+    kept = f"{_short(row.extra_bytes)}B"
+    return (row.parameters, str(row.count), shape, row.module, row.rule, row.form, cost, kept)
+
+
+def _short(number: float) -> str:
+    power = 0 if number < 1000 else min(4, int(math.log10(number)) // 3)
+    return f"{number / 1000**power:.3g} {['', 'k', 'M', 'G', 'T'][power]}"
