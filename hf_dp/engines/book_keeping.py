@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hf_dp.clipping.base import ClippingPolicy
 from hf_dp.clipping.loss import LossRelease
@@ -20,13 +20,15 @@ from hf_dp.engines.base import (
     empty_sum,
     gradient_clipping,
     released_losses,
+    trainable_parameters,
 )
+from hf_dp.engines.books import Books
 from hf_dp.engines.precision import full_precision
 from hf_dp.engines.recorder import Recorder
 from hf_dp.engines.rows import batch_size
 from hf_dp.engines.shares import Shares, cancelling
 from hf_dp.layers.base import LayerRules
-from hf_dp.layers.factors import Factor, sum_of, wide
+from hf_dp.layers.factors import wide
 from hf_dp.layers.recognise import DEFAULT_LAYER_RULES
 from hf_dp.sums import ClippedSum
 
@@ -51,48 +53,33 @@ class BookKeepingEngine(GradientEngine):
     ) -> ClippedSum:
         if batch_size(inputs) == 0:
             return empty_sum(model, loss_release)
-        factors: dict[str, Factor] = {}
-
-        def keep(name: str, factor: Factor) -> None:
-            factor.settle()
-            factors[name] = factor
-
+        books = Books()
         with self.recorder.forward(model, inputs, example_loss) as passed:
-            passed.backward(keep)
+            passed.backward(books.add)
         losses = passed.losses
         policy = gradient_clipping(clipping, loss_release)
         with full_precision(losses.device):
-            squared = _squared_norms(factors, losses)
-            apart = cancelling(
-                sum_of(list(squared.values())),
-                sum_of(
-                    [factor.uncancelled() for factor in factors.values()] or [losses.new_zeros(())]
-                ),
-                policy.sensitivity,
-            ).nonzero()  # (few, 1)
-            for unit in apart:
-                for name, factor in factors.items():
-                    squared[name][unit] = factor.select(unit).dense().squared_norm()
-            total = sum_of(list(squared.values()))
+            norms = books.norms(losses)
+            total = norms.total()
             dropped = ~torch.isfinite(total)
-            weights = policy.weights(squared)
-            share = Shares(dropped, apart)
-            summed = empty_sum(model, None).grads
-            for name, factor in factors.items():
-                share.add(summed[name], name, factor, weights[name])
+            apart = cancelling(total, norms.uncancelled, policy.sensitivity)
+            shares = None
+            if bool((apart | dropped).any()):  # the one place where an accelerator is waited for
+                units = apart.nonzero()  # (few, 1)
+                books.take_apart(norms, units)
+                total = norms.total()
+                dropped = ~torch.isfinite(total)
+                shares = Shares(dropped, units)
+            parameters = trainable_parameters(model)
+            shapes = {name: parameter.shape for name, parameter in parameters.items()}
+            found = books.sums(policy.weights(norms.squared), shapes, shares)
+            grads = {
+                name: found[name] if name in found else torch.zeros_like(wide(parameter.detach()))
+                for name, parameter in parameters.items()
+            }
         return ClippedSum(
-            grads=summed,
+            grads=grads,
             norms=total.sqrt(),
             losses=losses,
             loss_sum=released_losses(losses, dropped, clipping, loss_release),
         )
-
-
-def _squared_norms(factors: Mapping[str, Factor], losses: Tensor) -> dict[str, Tensor]:
-    """Squared norms per parameter; inf where the loss is not finite, so that the unit is dropped."""
-    bad = ~torch.isfinite(losses)
-    squared = {name: factor.squared_norm().clamp_min(0) for name, factor in factors.items()}
-    return {
-        name: values.masked_fill(bad, torch.inf)
-        for name, values in (squared or {"": torch.zeros_like(wide(losses))}).items()
-    }

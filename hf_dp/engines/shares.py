@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from hf_dp.errors import UncoveredParameterError
@@ -31,26 +32,40 @@ def cancelling(squared: Tensor, uncancelled: Tensor, sensitivity: float) -> Tens
 
 
 class Shares:
-    """Adds weighted gradients, parameter by parameter, of units that were not dropped."""
+    """Weighted gradients of units that were not dropped.
+
+    Attributes:
+        dropped: Units that add nothing, ``(B,)`` bool.
+    """
 
     def __init__(self, dropped: Tensor, apart: Tensor) -> None:
         """Leave `dropped`, ``(B,)`` bool, out; add units `apart`, ``(few, 1)``, one by one."""
+        self.dropped = dropped
         self._elsewhere = dropped.clone()
         self._elsewhere[apart.flatten()] = True
         self._kept = [unit for unit in apart if not bool(dropped[unit])]
         self._clean = bool(self._elsewhere.any())
 
-    def add(self, summed: Tensor, name: str, factor: Factor, weights: Tensor) -> None:
-        """Write the sum over units of ``weights[i] * gradient_i`` to `summed`, the parameter's shape."""
+    def of(self, factor: Factor, weights: Tensor) -> Tensor:
+        """The sum over units of ``weights[i] * gradient_i``, a new tensor."""
         together = factor.without(self._elsewhere) if self._clean else factor
         share = together.weighted_sum(weights)
-        # copying another shape would repeat it, and its norm would not hold
-        if share.shape != summed.shape:
-            raise UncoveredParameterError(
-                f"the layer rule for parameter {name!r} gave gradients of shape {tuple(share.shape)}: "
-                f"expected {tuple(summed.shape)}. Its norms are not those of the gradient. Mend "
-                "the rule, or use engine='sequential'."
-            )
-        summed.copy_(share)
         for unit in self._kept:
-            summed.add_(factor.select(unit).dense().weighted_sum(weights[unit]))
+            share.add_(factor.select(unit).dense().weighted_sum(weights[unit]))
+        return share
+
+    def add(self, summed: Tensor, name: str, factor: Factor, weights: Tensor) -> None:
+        """Write the sum over units of ``weights[i] * gradient_i`` to `summed`, the parameter's shape."""
+        share = self.of(factor, weights)
+        checked_shape(name, share, summed.shape)
+        summed.copy_(share)
+
+
+def checked_shape(name: str, share: Tensor, shape: torch.Size) -> None:
+    """Refuse a share of another shape than the parameter's: its norm is not that of the gradient."""
+    if share.shape != shape:
+        raise UncoveredParameterError(
+            f"the layer rule for parameter {name!r} gave gradients of shape {tuple(share.shape)}: "
+            f"expected {tuple(shape)}. Its norms are not those of the gradient. Mend "
+            "the rule, or use engine='sequential'."
+        )

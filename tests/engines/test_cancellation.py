@@ -100,8 +100,12 @@ def test_the_plain_gram_form_would_not_bound_it() -> None:
     assert by_gram * true > 1.3 * C
 
 
-@pytest.mark.parametrize("engine", ["book_keeping", "two_pass"])
-@pytest.mark.parametrize("name", ["linear", "tied", "table", "lost squares"])
+TRUSTED = [(name, engine) for name in CANCELLING for engine in ("book_keeping", "two_pass")]
+TRUSTED.remove(("table", "book_keeping"))  # it takes norm and sum from the same rows, added up once
+TRUSTED = [pair for pair in TRUSTED if pair[0] != "linear, just so"]  # too little for the bound
+
+
+@pytest.mark.parametrize(("name", "engine"), TRUSTED)
 def test_trusting_every_norm_would_break_the_bound(
     name: str, engine: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,15 +179,15 @@ def test_a_lower_matmul_precision_does_not_reach_the_norms(engine: str) -> None:
     expected = naive(model, inputs, C, of_rows)
     seen: list[str] = []
 
-    def watched(self: Mat, *args: Any) -> Tensor:
+    def watched(*args: Any, **options: Any) -> Tensor:
         seen.append(torch.backends.mkldnn.matmul.fp32_precision)
         seen.append(torch.backends.cuda.matmul.fp32_precision)
-        return squared_norm(self, *args)
+        return bmm(*args, **options)
 
-    squared_norm = Mat.squared_norm
+    bmm = torch.bmm  # Gram matrices
     before = torch.get_float32_matmul_precision()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Mat, "squared_norm", watched)
+        patch.setattr(torch, "bmm", watched)
         torch.set_float32_matmul_precision("medium")
         try:
             found = clipped(engine, model, inputs)

@@ -1,0 +1,162 @@
+"""The books of one backward pass: factors with their norms, taken as they come, in few kernels.
+
+A layer's own pieces are small: a bias, a norm's gain, an adapter, a Gram matrix. Reduced one by one they
+would cost more kernels than the layer's forward and backward. So Gram matrices wait in a buffer and are
+summed together, and gradients of the same small size are stacked.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from hf_dp.engines.shares import Shares, checked_shape
+from hf_dp.layers.factors import Factor, Mat, Vec
+from hf_dp.layers.gram import GramBatch
+from hf_dp.layers.per_unit import squares_of_rows
+from hf_dp.layers.scaled import ScaledProducts
+
+SMALL = 2**16
+"""Numbers per unit up to which a gradient written out is stacked with others of its size."""
+_PATIENCE = 4  # layers whose last positions are in use, until the others' are believed to be, too
+
+
+class Books:
+    """Factors by parameter name, and their squared norms."""
+
+    def __init__(self) -> None:
+        """Nothing is kept yet."""
+        self._factors: dict[str, Factor] = {}
+        self._small: dict[int, dict[str, Vec]] = defaultdict(dict)
+        self._stacks: list[_Stack] = []
+        self._squared: dict[str, Tensor] = {}
+        self._uncancelled: dict[str, Tensor] = {}
+        self._grams = GramBatch()
+        self._patience = _PATIENCE
+
+    def add(self, name: str, factor: Factor) -> None:
+        """Keep the gradient of one parameter in its cheapest form, and take its norm."""
+        if isinstance(factor, Mat) and self._patience:
+            self._patience -= not factor.trimmed()
+        factor.settle()
+        written = factor.written()
+        if written is not None and written.values[:1].numel() <= SMALL:
+            self._small[written.values[:1].numel()][name] = written
+            return
+        self._factors[name] = factor
+        if written is not None:
+            self._squared[name] = written.squared_norm()
+        elif type(factor) is Mat:
+            self._grams.add(name, factor.left, factor.right)
+        else:
+            self._squared[name] = factor.squared_norm()
+            self._uncancelled[name] = factor.uncancelled()
+
+    def norms(self, losses: Tensor) -> Norms:
+        """Squared norms of all parameters; inf where the loss, ``(B,)``, is not finite."""
+        for group in self._small.values():
+            stack = _Stack(group)
+            self._squared.update(stack.squared_norms())
+            self._stacks.append(stack)
+        self._small.clear()
+        for name, squares in self._grams.results().items():
+            self._squared[name] = squares.squared
+            self._uncancelled[name] = squares.uncancelled
+        return Norms(self._squared, self._uncancelled, losses)
+
+    def take_apart(self, norms: Norms, units: Tensor) -> None:
+        """Norms of some units, ``(few, 1)``, anew from their gradients written out."""
+        for unit in units:
+            for name, factor in self._factors.items():
+                norms.squared[name][unit] = factor.select(unit).dense().squared_norm()
+
+    def sums(
+        self,
+        weights: Mapping[str, Tensor],
+        shapes: Mapping[str, torch.Size],
+        shares: Shares | None,
+    ) -> dict[str, Tensor]:
+        """``sum_i weights[i] * gradient_i`` per parameter; factors are let go as they are used.
+
+        Args:
+            weights: Per parameter, ``(B,)``.
+            shapes: The parameters' shapes.
+            shares: Which units are left out or added one by one; None if every unit is as usual.
+        """
+        found: dict[str, Tensor] = {}
+        products = ScaledProducts()
+        while self._factors:
+            name = next(iter(self._factors))
+            factor = self._factors.pop(name)
+            if shares is not None:
+                found[name] = shares.of(factor, weights[name])
+            elif type(factor) is Mat and factor.written() is None:
+                found[name] = products.weighted_sum(factor.left, factor.right, weights[name])
+            else:
+                found[name] = factor.weighted_sum(weights[name])
+            checked_shape(name, found[name], shapes[name])
+        for stack in self._stacks:
+            found.update(stack.sums(weights, shapes, None if shares is None else shares.dropped))
+        self._stacks.clear()
+        return found
+
+
+class Norms:
+    """Squared norms per parameter and unit.
+
+    Attributes:
+        squared: Parameter name -> ``(B,)``, at least zero; inf where the loss is not finite.
+        uncancelled: What their sum would be if positions were orthogonal, ``(B,)``.
+    """
+
+    def __init__(
+        self, squared: Mapping[str, Tensor], uncancelled: Mapping[str, Tensor], losses: Tensor
+    ) -> None:
+        """Made by `Books.norms`."""
+        rows = list(squared.values()) or [torch.zeros_like(losses)]
+        self._all = torch.stack(rows)  # (P, B)
+        doubtful = torch.stack(
+            [uncancelled.get(name, row) for name, row in squared.items()] or rows
+        )
+        self.uncancelled = doubtful.sum(0)
+        self._all.clamp_(min=0).masked_fill_(~torch.isfinite(losses), torch.inf)
+        self.squared = dict(zip(squared or [""], self._all.unbind(), strict=True))
+
+    def total(self) -> Tensor:
+        """Squared norm of each unit's whole gradient, ``(B,)``."""
+        return self._all.sum(0)
+
+
+class _Stack:
+    """Gradients written out, of one size, as one tensor."""
+
+    def __init__(self, group: Mapping[str, Vec]) -> None:
+        self.shapes = {name: vec.values.shape[1:] for name, vec in group.items()}
+        self.values = torch.stack([vec.values.flatten(1) for vec in group.values()], 1)  # (B, k, n)
+
+    def squared_norms(self) -> dict[str, Tensor]:
+        squares = squares_of_rows(self.values.flatten(0, 1)).view(self.values.shape[:2])
+        return dict(zip(self.shapes, squares.unbind(1), strict=True))
+
+    def sums(
+        self,
+        weights: Mapping[str, Tensor],
+        shapes: Mapping[str, torch.Size],
+        dropped: Tensor | None,
+    ) -> dict[str, Tensor]:
+        values = self.values
+        if dropped is not None:
+            values = values.masked_fill(dropped[:, None, None], 0)
+        mine = [weights[name].to(values.dtype) for name in self.shapes]
+        if all(other is mine[0] for other in mine):
+            summed = torch.mv(values.flatten(1).mT, mine[0]).view(values.shape[1:])
+        else:
+            scale = torch.stack(mine)[:, None, :]  # (k, 1, B)
+            summed = torch.bmm(scale, values.transpose(0, 1)).squeeze(1)
+        found: dict[str, Tensor] = {}
+        for (name, shape), row in zip(self.shapes.items(), summed.unbind(), strict=True):
+            checked_shape(name, found.setdefault(name, row.view(shape)), shapes[name])
+        return found
