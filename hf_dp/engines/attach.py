@@ -18,9 +18,7 @@ from hf_dp.engines.whole_tap import WholeTap
 def recording(coverage: Coverage, num_units: int) -> Iterator[Recording]:
     """Tap every point of `coverage`; hooks and ``requires_grad`` are put back on the way out."""
     parameters = coverage.parameters
-    anchor = torch.zeros(
-        (), device=next(iter(parameters.values())).device, requires_grad=True
-    )
+    anchor = torch.zeros((), device=next(iter(parameters.values())).device, requires_grad=True)
     record = Recording(parameters, anchor, num_units)
     with contextlib.ExitStack() as stack:
         stack.callback(_enable, parameters.values())

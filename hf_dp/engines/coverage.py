@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hf_dp.engines.base import trainable_parameters
 from hf_dp.errors import UncoveredParameterError
-from hf_dp.layers.base import SHARED, LayerRule, LayerRules, UnitAxis
+from hf_dp.layers.base import LayerRule, LayerRules, UnitAxis
 from hf_dp.layers.embedding import relative_bias
 from hf_dp.layers.generic import GenericRule
 from hf_dp.layers.recognise import ANY_LEADING_AXES, is_relative_bias_owner, recognise
@@ -42,7 +42,7 @@ class Layout:
     @property
     def shared(self) -> bool:
         """Whether the call serves all units at once."""
-        return all(axis is None or axis is SHARED for axis in self.inputs)
+        return all(axis is None or axis.dim is None for axis in self.inputs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -226,9 +226,7 @@ def _is_container(module: nn.Module) -> bool:
 
 
 def _with_parameters(point: TapPoint, parameters: tuple[nn.Parameter, ...]) -> TapPoint:
-    return TapPoint(
-        point.name, point.module, point.rule, parameters, point.method, point.generic
-    )
+    return TapPoint(point.name, point.module, point.rule, parameters, point.method, point.generic)
 
 
 def coverage_of(model: nn.Module, layer_rules: LayerRules) -> Coverage:
@@ -265,4 +263,3 @@ def _tap_points(model: nn.Module, layer_rules: LayerRules) -> Iterator[TapPoint]
 
 def _own_trainable(module: nn.Module) -> tuple[nn.Parameter, ...]:
     return tuple(p for p in module.parameters(recurse=False) if p.requires_grad)
-

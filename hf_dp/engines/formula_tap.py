@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_dp.engines.coverage import Layout
 from hf_dp.engines.tap import PointTap, note_sizes
-from hf_dp.layers.base import FIRST, FOLDED, SHARED, repeated
+from hf_dp.layers.base import FIRST, FOLDED, repeated
 
 _EVERY_UNIT_FIRST = Layout((FIRST,), (FIRST,))
 
@@ -37,9 +37,10 @@ class FormulaTap(PointTap):
             self.check_rows(layout, 0, layout.inputs[0], inputs)
             if self.counts and layout.inputs[0] == FIRST:
                 note_sizes(self.record.sizes, self.point.name, inputs)
-            if layout.inputs[0] is SHARED:
-                inputs, output = (repeated(tensor, units)[0] for tensor in (inputs, output))
-        axis = FIRST if layout.inputs[0] is SHARED else layout.inputs[0]
+            if layout.shared:
+                inputs = repeated(inputs, layout.inputs[0], units)[0]
+                output = repeated(output, layout.outputs[0], units)[0]
+        axis = FIRST if layout.shared else layout.inputs[0]
         return self.record.through(self.point, axis, (output,), (inputs,))[0]
 
     def _wrap_method(self, stack: contextlib.ExitStack) -> None:
@@ -56,7 +57,7 @@ class FormulaTap(PointTap):
             self.set_requires_grad(False)
             handle = table.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
             try:
-                output = original(*args, **kwargs)
+                output: Tensor = original(*args, **kwargs)
             finally:
                 handle.remove()
                 self.set_requires_grad(True)

@@ -153,9 +153,13 @@ class Pass:
                 raise ValueError("a tap point has a formula or the generic rule")
             return list(point.generic(whole_call(call, self._num_units)))
         inputs, [output_grads], axis = call.inputs[0], call.output_grads, call.context
-        if axis != FIRST and output_grads is not None:
+        if output_grads is None:
+            raise ValueError("a call without an output gradient is not handed on")
+        if axis != FIRST:
             if axis.folded and not takes_folded(point):
-                raise NotTappableError(point, f"{point.described} got rows folded into its first axis.")
+                raise NotTappableError(
+                    point, f"{point.described} got rows folded into its first axis."
+                )
             inputs, output_grads = (
                 axis.units_first(tensor, self._num_units) for tensor in (inputs, output_grads)
             )

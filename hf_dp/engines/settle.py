@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from hf_dp.engines.attach import recording
-from hf_dp.engines.axes import _mode, establish_axes, sizes_of, unexplained
+from hf_dp.engines.axes import establish_axes, unexplained
 from hf_dp.engines.base import ExampleLoss, checked_losses
 from hf_dp.engines.coverage import Coverage, LayoutUnknownError, NotTappableError, TapPoint
 from hf_dp.engines.precision import full_precision
+from hf_dp.engines.probe import mode_of, sizes_of
 from hf_dp.engines.rows import batch_size, select_rows
 from hf_dp.engines.tap import Call, UsedOutsideError
 from hf_dp.engines.whole_tap import NoOutputAxisError, whole_call
@@ -67,7 +68,7 @@ def _climbed_in_trial(
 ) -> bool:
     for training in (False, True) if model.training else (False,):
         try:
-            with _mode(model, training=training):
+            with mode_of(model, training=training):
                 _trial(model, few, coverage, example_loss, compare=not training)
         except UsedOutsideError as error:
             for name in error.names:
@@ -75,20 +76,8 @@ def _climbed_in_trial(
                     coverage.parameters[name], f"Parameter {name!r} is used outside its module."
                 )
             return True
-        except LayoutUnknownError as error:
-            if coverage.axes is None:
-                raise
-            coverage.climb(error.point, str(error))
-            return True
-        except NoOutputAxisError as error:
-            generic = error.point.generic
-            if generic is None or generic.repeats:
-                coverage.climb(error.point, str(error))
-            else:
-                generic.repeats = True
-            return True
         except NotTappableError as error:
-            coverage.climb(error.point, str(error))
+            _climb_or_repeat(coverage, error)
             return True
         except HfDpError:
             raise
@@ -97,6 +86,14 @@ def _climbed_in_trial(
                 raise
             return True
     return False
+
+
+def _climb_or_repeat(coverage: Coverage, error: NotTappableError) -> None:
+    generic = error.point.generic
+    if isinstance(error, NoOutputAxisError) and generic is not None and not generic.repeats:
+        generic.repeats = True
+    else:
+        coverage.climb(error.point, str(error))
 
 
 def _trial(
@@ -114,18 +111,19 @@ def _trial(
             with full_precision(call.inputs[0].device if call.inputs else anchor.device):
                 call.point.generic.try_out(whole_call(call, units))
 
+    with torch.no_grad():
+        plain = checked_losses(example_loss(model, few), units)
     with recording(coverage, units) as record:
         anchor = record.anchor
-        losses = checked_losses(example_loss(model, few), units)
-        record.backward(losses, try_out)
-    if compare:
-        with torch.no_grad():
-            plain = example_loss(model, few)
-        if not _same(losses.detach(), plain):
+        losses = example_loss(model, few)
+        if not _same(losses.detach(), plain, compare=compare):
             raise RuntimeError("the losses changed under taps")
+        record.backward(losses, try_out)
 
 
-def _same(found: Tensor, plain: Tensor) -> bool:
+def _same(found: Tensor, plain: Tensor, *, compare: bool) -> bool:
+    if found.shape != plain.shape or not compare:
+        return found.shape == plain.shape
     return torch.allclose(
         found.double(), plain.double(), rtol=_UNCHANGED, atol=1e-6, equal_nan=True
     )
@@ -168,4 +166,3 @@ def check_folds(record: Any, inputs: Mapping[str, Any], num_units: int) -> None:
             "the batch has positions. Without that, one example's gradient cannot be told from "
             "another's. Use engine='sequential', or freeze it.",
         )
-

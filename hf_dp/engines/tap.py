@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from hf_dp.engines.coverage import Coverage, Layout, LayoutUnknownError, TapPoint
 from hf_dp.errors import UncoveredParameterError
-from hf_dp.layers.base import SHARED, UnitAxis
+from hf_dp.layers.base import UnitAxis
 
 
 @dataclass
@@ -196,18 +196,21 @@ class PointTap:
         for parameter in self.point.parameters:
             parameter.requires_grad_(value)
 
-    def check_rows(self, layout: Layout, index: int, axis: UnitAxis, leaf: Tensor) -> None:
+    def check_rows(self, layout: Layout, index: int, axis: UnitAxis | None, leaf: Tensor) -> None:
         """Refuse a tensor that has not the examples where calls of this kind have them."""
         units = self.record.num_units
-        if axis.dim is None:
+        if axis is None:
+            raise self.unseen()
+        if axis.dim is None and not axis.row:
             return
-        rows = leaf.shape[axis.dim] if leaf.dim() > axis.dim else 0
+        units, dim = (units, axis.dim) if axis.dim is not None else (1, 0)
+        rows = leaf.shape[dim] if leaf.dim() > dim else 0
         if rows != units and not (axis.folded and rows > 0 and rows % units == 0):
             raise LayoutUnknownError(
                 self.point,
                 f"{self.point.described} got a tensor of shape {tuple(leaf.shape)}: expected "
-                f"{units} examples on axis {axis.dim}. Without that axis one example's gradient cannot "
-                "be told from another's. Use engine='sequential'.",
+                f"a length of {units} on axis {dim}, as for the first examples. Without that axis one "
+                "example's gradient cannot be told from another's. Use engine='sequential'.",
             )
         if axis.folded:
             self.record.folds.append((self.point, index, layout.folds[index], leaf.detach()))

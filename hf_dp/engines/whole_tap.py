@@ -121,8 +121,10 @@ class WholeTap(PointTap):
         axes = [layout.outputs[index] or SHARED for index in tapped]
         if self._repeats:
             for place, axis in enumerate(axes):
-                if axis is SHARED and outputs[place].dim() > 0:
-                    outputs[place], axes[place] = repeated(outputs[place], self.record.num_units)
+                if axis.dim is None and outputs[place].dim() > 0:
+                    outputs[place], axes[place] = repeated(
+                        outputs[place], axis, self.record.num_units
+                    )
         now = Randomness.now(drew.device)
         device = drew.device.type
         noted = _Noted(
@@ -179,8 +181,6 @@ class WholeTap(PointTap):
             zip(axes, (*given.values, *returned.values), strict=True)
         ):
             if isinstance(leaf, Tensor):
-                if axis is None:
-                    raise self.unseen()
                 self.check_rows(layout, index, axis, leaf)
         return layout
 
@@ -228,4 +228,3 @@ def whole_call(call: Call, num_units: int) -> WholeCall:
         quiet=record.quiet,
         autocast=noted.autocast,
     )
-

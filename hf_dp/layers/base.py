@@ -29,16 +29,19 @@ class UnitAxis:
         dim: The axis; None if the tensor serves all units alike.
         folded: The axis holds k consecutive rows of each unit, ``B * k`` in all.
         added: The axis was put in front of a tensor that served all units alike.
+        row: A tensor that serves all units alike has a first axis of length 1.
     """
 
     dim: int | None
     folded: bool = False
     added: bool = False
+    row: bool = False
 
     def units_first(self, tensor: Tensor, num_units: int) -> Tensor:
         """``(B, ...)``: the units' axis moved to the front, folded rows as an axis of their own."""
         if self.folded:
-            return tensor.unflatten(0, (num_units, -1))
+            apart: Tensor = tensor.unflatten(0, (num_units, -1))
+            return apart
         return tensor if self.dim in (0, None) else tensor.movedim(self.dim, 0)
 
     def apart(self, tensor: Tensor, num_units: int) -> Tensor:
@@ -52,12 +55,13 @@ class UnitAxis:
 FIRST = UnitAxis(0)
 FOLDED = UnitAxis(0, folded=True)
 SHARED = UnitAxis(None)
+ROW = UnitAxis(None, row=True)
 ADDED = UnitAxis(0, added=True)
 
 
-def repeated(tensor: Tensor, num_units: int) -> tuple[Tensor, UnitAxis]:
+def repeated(tensor: Tensor, axis: UnitAxis | None, num_units: int) -> tuple[Tensor, UnitAxis]:
     """A tensor that served all units alike, once for each; and where the units then are."""
-    if tensor.shape[0] == 1:
+    if axis is not None and axis.row:
         return tensor.expand(num_units, *tensor.shape[1:]), FIRST
     return tensor.expand(num_units, *tensor.shape), ADDED
 

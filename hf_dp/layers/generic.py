@@ -68,7 +68,9 @@ class GenericRule:
             return call.vmapped_grads()
         except UncoveredParameterError:
             raise
-        except Exception:  # foreign code under vmap: it may fail in any way, and then goes unit by unit
+        except (
+            Exception
+        ):  # foreign code under vmap: it may fail in any way, and then goes unit by unit
             self.vectorises = False
             return None
 

@@ -20,7 +20,6 @@ from hf_dp.layers.factors import OneHot
 from hf_dp.layers.randomness import kept_randomness
 from hf_dp.layers.whole import WholeCall
 
-
 _ASKING = (Tensor.dim, Tensor.size, Tensor.is_floating_point)
 _ATTRIBUTES = (Tensor.dtype, Tensor.device, Tensor.shape)
 
@@ -110,7 +109,10 @@ def lookup(call: WholeCall) -> OneHot:
                 "Otherwise there is no lookup to differentiate. Use engine='sequential'."
             )
         grads = torch.autograd.grad(
-            [output for output, _ in pairs], rows, [grad for _, grad in pairs], materialize_grads=True
+            [output for output, _ in pairs],
+            rows,
+            [grad for _, grad in pairs],
+            materialize_grads=True,
         )
     flat = [
         grad.flatten(1, -2).masked_fill((one == padding)[:, :, None], 0)

@@ -84,7 +84,9 @@ class WholeCall:
         args, kwargs = tree_unflatten(list(arguments), self.spec)
         enabled, dtype = self.autocast
         with self.quiet(), torch.autocast(self.device.type, dtype=dtype, enabled=enabled):
-            output = functional_call(_Forward(self.module), tensors, (args, kwargs))
+            output = functional_call(
+                _Forward(self.module), tensors, (args, kwargs), tie_weights=False
+            )
         leaves = tree_leaves(output)
         return [leaves[index] for index in self.tapped]
 
@@ -124,7 +126,7 @@ class WholeCall:
         if axis.dim is None or self.num_units == 1:
             return tensor
         if axis.folded:
-            return tensor.unflatten(0, (self.num_units, -1))[unit]
+            return axis.units_first(tensor, self.num_units)[unit]
         if axis.added:
             return tensor[unit]
         return tensor.narrow(axis.dim, unit, 1)
@@ -209,5 +211,3 @@ class WholeCall:
 def all_of_one(leaves: Sequence[Any]) -> list[UnitAxis]:
     """The axes when the batch is one unit: every tensor is its own as a whole."""
     return [SHARED for _ in leaves]
-
-

@@ -333,7 +333,9 @@ def build(family: str, dtype: torch.dtype = torch.float32, *, training: bool = F
     """A tiny model whose weights are large enough for gradients to differ."""
     torch.manual_seed(0)
     model = FAMILIES[family][0]()
-    model.config.use_cache = False  # as training does
+    for module in model.modules():
+        if hasattr(module, "config"):
+            module.config.use_cache = False  # as training does
     if dtype is torch.float64:  # the grouped product of experts has no such kernel
         model.config._experts_implementation = "eager"
     _stir(model)
@@ -354,7 +356,7 @@ def adapted(family: str, dtype: torch.dtype = torch.float32, **more: Any) -> nn.
     config = LoraConfig(
         r=2, target_modules=LORA.get(family, _USUAL), fan_in_fan_out=family == "gpt2", **more
     )
-    model = get_peft_model(build(family), config)
+    model = get_peft_model(build(family, dtype), config)
     _stir(model)
     return model.to(dtype).eval()
 

@@ -12,9 +12,9 @@ from toy_nets import C, Net, book_kept, data, squares
 
 from hf_dp.engines import BookKeepingEngine
 from hf_dp.engines.axes import establish_axes
-from hf_dp.engines.coverage import Coverage, UnitAxis, coverage_of
-from hf_dp.errors import UncoveredParameterError
+from hf_dp.engines.coverage import Coverage, Layout, coverage_of
 from hf_dp.layers import DEFAULT_LAYER_RULES
+from hf_dp.layers.base import FIRST, ROW, UnitAxis
 
 
 def established(model: nn.Module, inputs: Batch, loss: Any = squares) -> Coverage:
@@ -53,44 +53,99 @@ class OverTheBatch(Net):
         return self.second(x) + self.first(x.mean(0, keepdim=True))
 
 
-@pytest.mark.parametrize("kind", [PositionsFirst, Folded, InChunks])
-def test_examples_that_are_not_on_the_first_axis_of_one_call_are_refused(kind: type[Net]) -> None:
-    for rows in (2, 3, 5):  # also with as many positions as examples
-        with pytest.raises(UncoveredParameterError, match=r"module 'first' \(Linear\).*one call"):
-            book_kept(kind(), data(rows=rows))
+class FoldedPositionsFirst(Net):
+    """Rows folded position by position: interleaved, not one example after the other."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        turned = x.transpose(0, 1)
+        out = self.first(turned.flatten(0, 1)).unflatten(0, turned.shape[:2])
+        return self.second(out.transpose(0, 1))
 
 
-def test_a_layout_that_depends_on_the_example_is_refused_although_the_first_looks_right() -> None:
+class InWindows(Net):
+    """Two windows of each example on the first axis, as in Swin."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, length, width = x.shape
+        out = self.first(x.reshape(rows * 2, length // 2, width))
+        return self.second(torch.tanh(out).reshape(rows, length, width))
+
+
+def generic_points(engine: BookKeepingEngine, model: nn.Module) -> list[str]:
+    return [point.name for point in engine.recorder.coverage(model).points if point.rule is None]
+
+
+@pytest.mark.parametrize(
+    ("kind", "climbed"),
+    [
+        (PositionsFirst, []),
+        (Folded, []),
+        (InWindows, []),
+        (FoldedPositionsFirst, [""]),
+        (WithoutPadding, [""]),
+        (InChunks, ["second", ""]),
+    ],
+)
+def test_wherever_the_examples_are_the_sum_is_exact(kind: type[Net], climbed: list[str]) -> None:
+    for rows in (1, 2, 4, 5):  # also with as many positions as examples
+        inputs = data(rows=rows, positions=4)
+        for index in range(rows):  # as padding
+            inputs["x"][index, 4 - index % 4 :] = 0
+        engine, model = BookKeepingEngine(), kind()
+        found = book_kept(model, inputs, engine=engine)
+        assert_same_sum(found, naive(model, inputs, C, squares), 1e-12)
+        if rows > 1:
+            assert generic_points(engine, model) == climbed
+
+
+def test_a_layout_that_depends_on_the_example_is_not_believed_from_the_first_ones() -> None:
     inputs = data(rows=4)
     inputs["x"][0, 1:] = 0  # alone, the first example is one row
-    with pytest.raises(UncoveredParameterError, match="module 'first'"):
-        book_kept(WithoutPadding(), inputs)
+    engine, model = BookKeepingEngine(), WithoutPadding()
+    found = book_kept(model, inputs, engine=engine)
+    assert_same_sum(found, naive(model, inputs, C, squares), 1e-12)
+    assert generic_points(engine, model) == [""]
 
 
-def test_a_layout_that_changes_later_is_refused() -> None:
+def test_unpadded_rows_that_could_be_shared_out_evenly_are_not() -> None:
+    """Full rows first, then some of 2 and 4 positions: 12 rows for 4 examples, but not 3 each."""
+    engine, model = BookKeepingEngine(), WithoutPadding()
+    full = data(rows=4, positions=4)
+    assert_same_sum(book_kept(model, full, engine=engine), naive(model, full, C, squares), 1e-12)
+    uneven = data(rows=4, positions=4)
+    uneven["x"][:2, 2:] = 0
+    assert int((uneven["x"].abs().sum(-1) > 0).sum()) == 12
+    found = book_kept(model, uneven, engine=engine)
+    assert_same_sum(found, naive(model, uneven, C, squares), 1e-12)
+
+
+def test_a_layout_that_changes_later_is_established_anew() -> None:
     engine, model, inputs = BookKeepingEngine(), WithoutPadding(), data(rows=4)
     inputs["x"][:, 1:] = 0
-    expected = naive(model, inputs, C, squares)
-    assert_same_sum(book_kept(model, inputs, engine=engine), expected, 1e-12)
-    with pytest.raises(UncoveredParameterError, match="got an input with 12 rows"):
-        book_kept(model, data(rows=4), engine=engine)
+    for batch_of in (inputs, data(rows=4)):
+        expected = naive(model, batch_of, C, squares)
+        assert_same_sum(book_kept(model, batch_of, engine=engine), expected, 1e-12)
+
+
+def kinds(coverage: Coverage, name: str) -> set[UnitAxis | None]:
+    assert coverage.axes is not None
+    return {axis for layout in coverage.axes[name].values() for axis in layout.inputs}
 
 
 @pytest.mark.parametrize("rows", [4, 6, 9])
 def test_first_and_shared_are_told_apart(rows: int) -> None:
     model = build("gpt2-lm")
-    axes = established(model, batch("gpt2-lm", rows=rows), own_losses).axes
-    assert axes is not None
-    assert axes["transformer.wpe"] is UnitAxis.SHARED
-    assert {axis for name, axis in axes.items() if name != "transformer.wpe"} == {UnitAxis.FIRST}
+    coverage = established(model, batch("gpt2-lm", rows=rows), own_losses)
+    assert kinds(coverage, "transformer.wpe") == {ROW}
+    others = {name for name in coverage.axes or {} if name != "transformer.wpe"}
+    assert all(kinds(coverage, name) == {FIRST} for name in others)
 
 
 def test_explicit_positions_per_example_are_first() -> None:
     inputs = batch("gpt2-lm", rows=4)
     inputs["position_ids"] = torch.arange(9).repeat(4, 1)
-    axes = established(build("gpt2-lm"), inputs, own_losses).axes
-    assert axes is not None
-    assert axes["transformer.wpe"] is UnitAxis.FIRST
+    coverage = established(build("gpt2-lm"), inputs, own_losses)
+    assert kinds(coverage, "transformer.wpe") == {FIRST}
 
 
 def test_explicit_positions_may_come_and_go() -> None:
@@ -104,31 +159,21 @@ def test_explicit_positions_may_come_and_go() -> None:
         assert_same_sum(book_kept(model, inputs, own_losses, engine), expected, 1e-12)
     inputs["position_ids"] = torch.arange(9)[None]
     inputs |= batch("gpt2-lm", rows=4)
-    with pytest.raises(
-        UncoveredParameterError, match=r"'transformer\.wpe' got an input with 1 row"
-    ):
-        book_kept(model, inputs, own_losses, engine)
+    expected = naive(model, {k: v for k, v in inputs.items() if k != "position_ids"}, C)
+    assert_same_sum(book_kept(model, inputs, own_losses, engine), expected, 1e-12)
 
 
-def test_a_module_that_serves_all_must_keep_doing_so() -> None:
-    model, engine = build("gpt2-lm"), BookKeepingEngine()
-    inputs = batch("gpt2-lm", rows=4)
-    book_kept(model, inputs, own_losses, engine)
-    inputs["position_ids"] = torch.arange(9).repeat(4, 1)
-    with pytest.raises(UncoveredParameterError, match="expected one row for all examples"):
-        book_kept(model, inputs, own_losses, engine)
-
-
-def test_a_module_that_only_later_examples_reach_is_refused() -> None:
-    class ForLarge(Net):
+def test_a_module_that_only_long_examples_reach_is_looked_at_then() -> None:
+    class ForLong(Net):
         def forward(self, x: Tensor) -> Tensor:
             hidden = self.first(x)
-            return self.second(hidden) if bool((x.abs() > 15).any()) else hidden
+            return self.second(hidden) if x.shape[1] > 3 else hidden
 
-    inputs = data(rows=8)
-    with pytest.raises(UncoveredParameterError, match="'second' took part for some examples only"):
-        book_kept(ForLarge(), inputs)
-    assert book_kept(ForLarge(), {"x": inputs["x"][:3]}).norms.shape == (3,)
+    engine, model = BookKeepingEngine(), ForLong()
+    for positions in (3, 5, 3):
+        inputs = data(positions=positions)
+        expected = naive(model, inputs, C, squares)
+        assert_same_sum(book_kept(model, inputs, squares, engine), expected, 1e-12)
 
 
 def test_establishing_leaves_no_hooks_and_no_gradients() -> None:
@@ -146,21 +191,27 @@ def test_axes_are_established_once(monkeypatch: pytest.MonkeyPatch) -> None:
         return squares(model, inputs)
 
     engine, model = BookKeepingEngine(), Net()
-    book_kept(model, data(rows=1), counted, engine)
-    assert calls == [1]
+    book_kept(model.eval(), data(rows=1), counted, engine)
+    assert calls == [1, 1, 1]
     book_kept(model, data(), counted, engine)
-    assert calls == [1, 1, 2, 1, 2, 1, 2, 5]
+    assert calls[3:] == [1, 2, 1, 2, 1, 2, 2, 2, 5]
     book_kept(model, data(), counted, engine)
-    assert calls[8:] == [5]
+    assert calls[12:] == [5]
 
 
 def test_the_check_by_doubling_is_what_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     """Planted: every module is believed to have its examples first. Then the sum is wrong."""
 
-    def believe(model: nn.Module, inputs: Any, coverage: Coverage, loss: Any) -> None:
-        coverage.axes = {point.name: UnitAxis.FIRST for point in coverage.points}
+    def believe(model: nn.Module, inputs: Any, coverage: Coverage, loss: Any) -> list[Any]:
+        first = {None: Layout((FIRST,), (FIRST,))}
+        coverage.axes = {point.name: dict(first) for point in coverage.points}
+        return []
 
-    monkeypatch.setattr("hf_dp.engines.recorder.establish_axes", believe)
+    def unchecked(model: nn.Module, few: Any, coverage: Coverage, *_: Any, **__: Any) -> None:
+        return
+
+    monkeypatch.setattr("hf_dp.engines.settle.establish_axes", believe)
+    monkeypatch.setattr("hf_dp.engines.settle._trial", unchecked)
     inputs = data(rows=3)  # as many examples as positions
     found = book_kept(PositionsFirst(), inputs)
     with pytest.raises(AssertionError):
