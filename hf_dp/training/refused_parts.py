@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-from types import FunctionType, MethodType
 from typing import Any
 
 from torch import nn
@@ -123,12 +121,8 @@ def _with_parts(collator: object) -> list[object]:
             todo += [getattr(part, name, None) for name in ("func", "__self__", "__wrapped__")]
             todo += [*getattr(part, "args", ()), *(getattr(part, "keywords", None) or {}).values()]
             if not isinstance(part, type | nn.Module) and hasattr(part, "__dict__"):
-                todo += [v for v in vars(part).values() if "ollat" in type(v).__name__ or _plain(v)]
+                todo += vars(part).values()
     return found
-
-
-def _plain(value: object) -> bool:
-    return isinstance(value, FunctionType | MethodType | partial)
 
 
 def refuse_dataset(dataset: Any) -> int:

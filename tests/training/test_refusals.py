@@ -34,6 +34,8 @@ from hf_dp.training.refusals import refuse_options
         ("torch_compile", True),
         ("use_liger_kernel", True),
         ("auto_find_batch_size", True),
+        ("debug", "underflow_overflow"),
+        ("skip_memory_metrics", False),
         ("train_sampling_strategy", "group_by_length"),
         ("train_sampling_strategy", "sequential"),
         ("dataloader_drop_last", True),
