@@ -27,10 +27,10 @@ _MOSTLY_TRAINED = 0.1
 
 
 class AutomaticEngine(GradientEngine):
-    """Chooses at the first batch, and takes the sequential engine when the choice meets its limits.
+    """Chooses at the first batch, which a preflight makes a made-up one.
 
-    That switch comes before anything of that micro-batch is released, and all engines compute the
-    same sum, so it may happen at any step.
+    A later batch that the choice does not cover is taken one example at a time without a word: which
+    examples take what way through a model is private, and all engines compute the same sum.
     """
 
     name: ClassVar[str] = "auto"
@@ -39,6 +39,7 @@ class AutomaticEngine(GradientEngine):
         """Pass `layer_rules` on to the engine chosen."""
         self.layer_rules = layer_rules
         self.chosen: GradientEngine | None = None
+        self._proved = False
 
     def clipped_sum(
         self,
@@ -65,15 +66,19 @@ class AutomaticEngine(GradientEngine):
             )
 
         try:
-            return summed_by(self.chosen)
+            summed = summed_by(self.chosen)
         except UncoveredParameterError as reason:
-            self.chosen = SequentialEngine()
-            logger.warning(
-                "hf_dp: one example at a time (engine='sequential'): exact, but as slow as training "
-                "with batches of one. Reason: %s",
-                reason,
-            )
-        return summed_by(self.chosen)
+            one_by_one = SequentialEngine()
+            if not self._proved:
+                self.chosen = one_by_one
+                logger.warning(
+                    "hf_dp: one example at a time (engine='sequential'): exact, but as slow as training "
+                    "with batches of one. Reason: %s",
+                    reason,
+                )
+            summed = summed_by(one_by_one)
+        self._proved = True
+        return summed
 
 
 def keeps_too_much(model: nn.Module) -> bool:

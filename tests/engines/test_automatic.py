@@ -23,7 +23,7 @@ from hf_dp.engines import (
     engine_named,
 )
 from hf_dp.engines.base import ExampleLoss
-from hf_dp.errors import ConfigurationError, HfDpError
+from hf_dp.errors import ConfigurationError, HfDpError, UncoveredParameterError
 from hf_dp.layers import DEFAULT_LAYER_RULES
 from hf_dp.sums import ClippedSum
 
@@ -105,6 +105,26 @@ def test_what_turns_up_uncovered_later_is_still_exact() -> None:
         inputs = data(positions=positions)
         found = chosen_sum(engine, model, inputs)
         assert_same_sum(found, naive(model, inputs, C, squares), 1e-12)
+
+
+def test_what_a_later_example_brings_up_is_exact_and_not_told(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A line in the log at the step that drew it would tell that it was drawn."""
+    engine, model = AutomaticEngine(), Net()
+    chosen_sum(engine, model, data())
+    covered = BookKeepingEngine.clipped_sum
+
+    def at_its_limits(*args: Any, **kwargs: Any) -> ClippedSum:
+        raise UncoveredParameterError("this example went another way")
+
+    monkeypatch.setattr(BookKeepingEngine, "clipped_sum", at_its_limits)
+    found = chosen_sum(engine, model, data())
+    assert_same_sum(found, naive(model, data(), C, squares), 1e-12)
+    monkeypatch.setattr(BookKeepingEngine, "clipped_sum", covered)
+    chosen_sum(engine, model, data())
+    assert isinstance(engine.chosen, BookKeepingEngine)
+    assert caplog.messages == []
 
 
 def test_the_first_batch_may_hold_one_example() -> None:
