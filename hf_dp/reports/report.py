@@ -105,6 +105,8 @@ class PrivacyReport:
         found = [
             "Choosing hyper-parameters on the same data is not counted.",
             "Evaluation metrics and model selection are exact; the evaluation data is not protected.",
+            "How long steps take, and that a run stops on malformed data, is visible and not counted: times "
+            "in logs (train_runtime, TensorBoard's events) tell of the length of what was drawn.",
         ]
         if self.header.get("nonprivate_metrics"):
             found.append(

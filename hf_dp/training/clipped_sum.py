@@ -5,17 +5,23 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
-from torch import nn
+from torch import Tensor, nn
 
 from hf_dp.clipping.flat import FlatClipping
 from hf_dp.engines import ExampleLoss, engine_named
+from hf_dp.engines.rows import batch_size, row
 from hf_dp.layers import DEFAULT_LAYER_RULES, LayerRules
 from hf_dp.sums import ClippedSum
-from hf_dp.training.losses import choose_example_loss, definition_loss
+from hf_dp.training.alone import definition_loss
+from hf_dp.training.choice import Choice, choose
 from hf_dp.training.refused_parts import refuse_model
+from hf_dp.training.tasks import unwrapped
 
 logger = logging.getLogger(__name__)
+
+_CHOICES: WeakKeyDictionary[nn.Module, dict[tuple[str, ...], Choice]] = WeakKeyDictionary()
 
 
 def clipped_sum(
@@ -61,15 +67,40 @@ def clipped_sum(
 def _default_loss(
     model: nn.Module, batch: Mapping[str, Any], engine: str
 ) -> tuple[ExampleLoss, str]:
-    chosen = choose_example_loss(model, batch, _own_loss)
-    if chosen is not None and engine != "sequential":
-        return chosen[0], engine
+    if engine != "sequential" and batch_size(batch) > 0:
+        choice = _choice(model, batch)
+        if not choice.alone:
+            return choice.example_loss, engine
     if engine == "auto":
         logger.warning(
-            "hf_dp: the model's loss matches no vectorised loss, so examples are taken one at a time. "
-            "Pass example_loss for speed."
+            "hf_dp: no vectorised loss was found to be the model's own whatever the padding, so examples "
+            "are taken one at a time. Pass example_loss for speed."
         )
     return definition_loss(_own_loss), "sequential" if engine == "auto" else engine
+
+
+def _choice(model: nn.Module, batch: Mapping[str, Any]) -> Choice:
+    """Made once for a model and a set of columns, on made-up examples."""
+    columns = tuple(sorted(batch))
+    known = _CHOICES.setdefault(model, {})
+    if columns not in known:
+        padding = getattr(getattr(unwrapped(model), "config", None), "pad_token_id", None)
+        known[columns] = choose(
+            model,
+            row(batch, 0),
+            _own_loss,
+            given=None,
+            trusted=True,
+            padding_id=padding if _pads_with(batch, padding) else None,
+        )
+    return known[columns]
+
+
+def _pads_with(batch: Mapping[str, Any], token: object) -> bool:
+    ids, mask = batch.get("input_ids"), batch.get("attention_mask")
+    if not isinstance(ids, Tensor) or not isinstance(mask, Tensor) or ids.shape != mask.shape:
+        return False
+    return isinstance(token, int) and bool((ids[mask == 0] == token).all())
 
 
 def _own_loss(model: nn.Module, inputs: dict[str, Any]) -> Any:

@@ -20,6 +20,10 @@ from hf_dp.training.vectorised import logits_of, without_targets
 LENGTHS = (7, 5, 4, 2)
 """Of the made-up examples: different, so that padding that changes a loss shows."""
 
+PER_TOKEN = frozenset(
+    {"input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids"}
+    | {"special_tokens_mask", "mm_token_type_ids", "global_attention_mask", "langs", "bbox"}
+)
 _ENDS = ("start_positions", "end_positions")
 
 
@@ -82,7 +86,8 @@ def _column(
 ) -> Any:
     if not isinstance(value, Tensor) or value.dim() == 0:
         return value
-    per_token = width is not None and value.dim() >= 2 and value.shape[1] == width
+    # by name: a list of features is not one of tokens because this example has as many of both
+    per_token = width is not None and name in PER_TOKEN
     tail = (max(lengths), *value.shape[2:]) if per_token else tuple(value.shape[1:])
     shape = (len(lengths), *tail)
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]  # (B, T)

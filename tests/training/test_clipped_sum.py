@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hf_dp
-from hf_dp.errors import ConfigurationError, UncoveredParameterError
+from hf_dp.errors import ConfigurationError
 
 ROWS = [Sentences()[index] for index in range(7)]
 
@@ -178,22 +178,49 @@ def test_a_loss_over_the_whole_batch_is_refused(engine: str) -> None:
         )
 
 
-def test_a_parameter_without_a_rule_is_refused_or_taken_one_by_one() -> None:
+class Odd(nn.Module):
+    """No formula fits it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale.cos()
+
+
+@pytest.mark.parametrize("engine", ["auto", "book_keeping", "two_pass"])
+def test_a_layer_of_ones_own_needs_no_rule(engine: str) -> None:
     model, inputs = tiny_bert(), collate(ROWS)
-
-    class Odd(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.scale = nn.Parameter(torch.ones(16))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return x * self.scale.cos()
-
     model.dropout = Odd()
-    with pytest.raises(UncoveredParameterError, match=r"dropout\.scale"):
-        hf_dp.clipped_sum(model, inputs, clipping_norm=1.0, engine="book_keeping")
-    result = hf_dp.clipped_sum(model, inputs, clipping_norm=1.0)
+    result = hf_dp.clipped_sum(model, inputs, clipping_norm=1.0, engine=engine)
     assert distance(result.grads, loop(model, inputs, 1.0)[0]) < 1e-5
+
+
+class OddLoss(nn.Module):
+    """Uses its parameter where no module is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.layer(x) * self.layer.weight.sum()).sum(1)
+
+
+def test_what_only_the_whole_model_could_answer_for() -> None:
+    torch.manual_seed(0)
+    model, inputs = OddLoss(), {"x": torch.randn(4, 3)}
+
+    def of_each(model: nn.Module, inputs: Any) -> Tensor:
+        losses: Tensor = model(inputs["x"])
+        return losses
+
+    sums = [
+        hf_dp.clipped_sum(model, inputs, clipping_norm=1.0, engine=engine, example_loss=of_each)
+        for engine in ("auto", "sequential")
+    ]
+    assert distance(sums[0].grads, sums[1].grads) < 1e-5
 
 
 @pytest.mark.parametrize("engine", ["auto", "book_keeping", "two_pass", "sequential"])
