@@ -16,10 +16,11 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_dp.errors import UncoveredParameterError
 from hf_dp.layers import LayerRule, recognise
+from hf_dp.layers import conv as conv_rules
 from hf_dp.layers import embedding as embedding_rules
 from hf_dp.layers import linear as linear_rules
 from hf_dp.layers.base import positions
-from hf_dp.layers.factors import Factor
+from hf_dp.layers.factors import Factor, Mat, combine
 
 UNITS = 3
 
@@ -91,6 +92,30 @@ CASES: dict[str, Case] = {
     "RMSNorm of Llama": lambda: (LlamaRMSNorm(6), numbers(UNITS, 4, 6)),
     "RMSNorm of Gemma": lambda: (GemmaRMSNorm(6), numbers(UNITS, 4, 6)),
     "RMSNorm of T5": lambda: (T5LayerNorm(6), numbers(UNITS, 4, 6)),
+    "conv 1-D": lambda: (nn.Conv1d(4, 5, 3), numbers(UNITS, 4, 9)),
+    "conv 1-D, every option": lambda: (
+        nn.Conv1d(4, 5, 3, stride=2, padding=2, dilation=2, bias=False),
+        numbers(UNITS, 4, 11),
+    ),
+    "conv 1-D, same": lambda: (
+        nn.Conv1d(4, 5, 3, dilation=2, padding="same"),
+        numbers(UNITS, 4, 9),
+    ),
+    "conv 1-D, valid": lambda: (nn.Conv1d(4, 5, 4, padding="valid"), numbers(UNITS, 4, 9)),
+    "conv 1-D, rows left over": lambda: (nn.Conv1d(4, 5, 3, stride=3), numbers(UNITS, 4, 11)),
+    "conv 1-D, wide enough for Gram": lambda: (nn.Conv1d(20, 30, 5), numbers(UNITS, 20, 6)),
+    "conv 2-D, patches": lambda: (nn.Conv2d(3, 5, 2, stride=2), numbers(UNITS, 3, 6, 8)),
+    "conv 2-D, every option": lambda: (
+        nn.Conv2d(3, 5, (3, 2), stride=(1, 2), padding=(2, 1), dilation=(2, 1)),
+        numbers(UNITS, 3, 6, 7),
+    ),
+    "conv 3-D": lambda: (
+        nn.Conv3d(2, 3, (2, 3, 1), stride=(1, 2, 1), padding=(0, 1, 0)),
+        numbers(UNITS, 2, 4, 5, 3),
+    ),
+    "group norm": lambda: (nn.GroupNorm(3, 6), numbers(UNITS, 6, 5)),
+    "group norm, 4-D": lambda: (nn.GroupNorm(2, 6), numbers(UNITS, 6, 5, 4)),
+    "group norm, 2-D": lambda: (nn.GroupNorm(2, 6), numbers(UNITS, 6)),
     "RMSNorm per head": lambda: (LlamaRMSNorm(6), numbers(UNITS, 4, 2, 6)),
 }
 
@@ -103,7 +128,9 @@ def test_a_rule_gives_what_autograd_gives_for_each_unit(name: str) -> None:
 
 
 @pytest.mark.parametrize("frozen", ["weight", "bias"])
-@pytest.mark.parametrize("name", ["linear, 3-D", "Conv1D", "layer norm"])
+@pytest.mark.parametrize(
+    "name", ["linear, 3-D", "Conv1D", "layer norm", "conv 2-D, every option", "group norm"]
+)
 def test_a_frozen_parameter_gets_no_factor(name: str, frozen: str) -> None:
     module, inputs = CASES[name]()
     module = random(module)
@@ -172,9 +199,33 @@ def _padding_counted(module: nn.Module, x: Tensor, g: Tensor, n: int) -> Any:
     return embedding_rules.embedding(plain, x, g, n)
 
 
+def _padding_forgotten(module: nn.Module, x: Tensor, g: Tensor, n: int) -> Any:
+    module._reversed_padding_repeated_twice = (0, 0, 2, 2)  # not those of the last axis
+    return conv_rules.convolution(module, x, g[..., : x.shape[-1] // 2], n)
+
+
+def _kernel_transposed(module: nn.Module, x: Tensor, g: Tensor, n: int) -> Any:
+    for parameter, factor in conv_rules.convolution(module, x, g, n):
+        if isinstance(factor, conv_rules.Reshaped):
+            kernel = factor.inner
+            assert isinstance(kernel, Mat)
+            turned = kernel.right.unflatten(-1, (4, 3)).mT.flatten(-2)
+            factor = conv_rules.Reshaped(Mat(kernel.left, turned), factor.shape)
+        yield parameter, factor
+
+
+def _groups_forgotten(module: nn.Module, x: Tensor, g: Tensor, n: int) -> Any:
+    plain = nn.GroupNorm(1, 6).double()
+    plain.weight, plain.bias = module.weight, module.bias
+    return conv_rules.group_norm(plain, x, g, n)
+
+
 @pytest.mark.parametrize(
     ("name", "fault"),
     [
+        ("conv 1-D", _kernel_transposed),
+        ("conv 2-D, every option", _padding_forgotten),
+        ("group norm", _groups_forgotten),
         ("Conv1D, square", _sides_swapped),
         ("linear, 3-D", _last_position_dropped),
         ("embedding, padding", _padding_counted),
@@ -184,3 +235,20 @@ def test_a_planted_fault_is_seen(name: str, fault: LayerRule) -> None:
     module, inputs = CASES[name]()
     with pytest.raises(AssertionError):
         check(fault, random(module), inputs)
+
+
+def test_kernels_of_two_calls_add_up_with_their_cross_term() -> None:
+    module, inputs = CASES["conv 1-D"]()
+    module = random(module)
+    other = numbers(*inputs.shape, seed=9)
+    with torch.no_grad():
+        shape = module(inputs).shape
+    g, h = numbers(*shape, seed=7), numbers(*shape, seed=8)
+    calls = [(inputs, g), (other, h)]
+    factors = [next(conv_rules.convolution(module, x, grad, UNITS))[1] for x, grad in calls]
+    dense = sum(factor.dense().values for factor in factors)
+    expected = dense.flatten(1).square().sum(1)
+    apart = [factor.squared_norm() for factor in factors]
+    torch.testing.assert_close(combine(factors).squared_norm(), expected)
+    torch.testing.assert_close(sum(apart) + 2 * factors[0].cross(factors[1]), expected)
+    assert not torch.allclose(sum(apart), expected)
