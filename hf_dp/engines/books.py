@@ -135,7 +135,9 @@ class _Stack:
 
     def __init__(self, group: Mapping[str, Vec]) -> None:
         self.shapes = {name: vec.values.shape[1:] for name, vec in group.items()}
-        self.values = torch.stack([vec.values.flatten(1) for vec in group.values()], 1)  # (B, k, n)
+        self.values = torch.stack(
+            [vec.values.reshape(len(vec.values), -1) for vec in group.values()], 1
+        )  # (B, k, n)
 
     def squared_norms(self) -> dict[str, Tensor]:
         squares = squares_of_rows(self.values.flatten(0, 1)).view(self.values.shape[:2])

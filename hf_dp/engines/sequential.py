@@ -67,7 +67,9 @@ def _one(
         dropped = ~torch.isfinite(total)
         weights = gradient_clipping(clipping, loss_release).weights(squared)
         summed = {
-            name: torch.zeros_like(grad) if bool(dropped) else grad * weights[name].to(grad.dtype)
+            name: torch.zeros_like(grad)
+            if bool(dropped)
+            else grad * weights[name][0].to(grad.dtype)
             for name, grad in grads.items()
         }
     return ClippedSum(

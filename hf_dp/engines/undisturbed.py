@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
-_DROPPING = frozenset(
-    {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout}
-    | {torch.dropout, torch.dropout_, torch.feature_dropout, torch.feature_dropout_}
+_DROPPING = (
+    *((F, name) for name in ("dropout", "dropout1d", "dropout2d", "dropout3d")),
+    *((F, name) for name in ("alpha_dropout", "feature_alpha_dropout")),
+    *((torch, name) for name in ("dropout", "dropout_", "feature_dropout", "feature_dropout_")),
 )
 _DROPOUT_ARGUMENT = 4  # of scaled_dot_product_attention
 _SMALL = 0.02  # what a parameter that is all zero is tried with
@@ -36,7 +36,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         stack.callback(_restore_flags, [(module, module.training) for module in model.modules()])
         stack.callback(_restore_buffers, [_buffers_of(module) for module in model.modules()])
         stack.callback(_restore_parameters, _filled(model))
-        stack.enter_context(_WithoutDropout())
+        stack.enter_context(_without_dropout())
         yield
 
 
@@ -61,25 +61,33 @@ def _generators() -> tuple[object, ...]:
     return random.getstate(), kind, np.asarray(keys).tolist(), rest, state, on_device
 
 
-class _WithoutDropout(TorchFunctionMode):
-    """Every dropout hands its input on."""
+def _hands_on(input: Tensor, *_: object, **__: object) -> Tensor:
+    return input
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        named = dict(kwargs or {})
-        if func in _DROPPING:
-            return args[0] if args else named["input"]
-        if func is F.scaled_dot_product_attention:
-            args = (*args[:_DROPOUT_ARGUMENT], *(0.0,) * (len(args) > _DROPOUT_ARGUMENT), *args[5:])
-            named |= {"dropout_p": 0.0} if "dropout_p" in named else {}
-        elif func is F.multi_head_attention_forward:
-            named["training"] = False  # only its dropout asks
-        return func(*args, **named)
+
+def _keeping_all(attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def kept(*args: Any, **kwargs: Any) -> Tensor:
+        drops = len(args) > _DROPOUT_ARGUMENT
+        args = (*args[:_DROPOUT_ARGUMENT], *(0.0,) * drops, *args[_DROPOUT_ARGUMENT + 1 :])
+        return attention(*args, **(kwargs | ({"dropout_p": 0.0} if "dropout_p" in kwargs else {})))
+
+    return kept
+
+
+@contextlib.contextmanager
+def _without_dropout() -> Iterator[None]:
+    """Every dropout hands its input on, in recomputations during a backward pass as well.
+
+    A mode of torch's overrides would not do: it is off while ``torch.autograd.grad`` runs.
+    """
+    with contextlib.ExitStack() as stack:
+        for place, name in _DROPPING:
+            stack.callback(setattr, place, name, getattr(place, name))
+            setattr(place, name, _hands_on)
+        attention = F.scaled_dot_product_attention  # maybe somebody's own
+        stack.callback(setattr, F, "scaled_dot_product_attention", attention)
+        F.scaled_dot_product_attention = _keeping_all(attention)
+        yield
 
 
 def _filled(model: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
@@ -88,11 +96,11 @@ def _filled(model: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
     before = []
     for parameter in model.parameters():
         values = parameter.data
-        zeros = ~values.flatten(1).any(1) if values.dim() > 1 else ~values.any().expand(len(values))
+        rows = (-1,) + (1,) * (values.dim() - 1)
+        zeros = ~values.flatten(1).any(1).view(rows) if values.dim() > 1 else ~values.any()
         if parameter.requires_grad and bool(zeros.any()):
             small = torch.randn(values.shape, generator=generator) * _SMALL
-            shape = (-1,) + (1,) * (values.dim() - 1)
-            parameter.data = torch.where(zeros.view(shape), small.to(values), values)
+            parameter.data = torch.where(zeros, small.to(values), values)
             before.append((parameter, values))
     return before
 

@@ -47,7 +47,13 @@ from hf_dp.training.refused_parts import (
 from hf_dp.training.rehearsal import rehearse
 from hf_dp.training.shown import ShownMixin
 from hf_dp.training.spending import Claim, Spending
-from hf_dp.training.step import clipped_sum_of, released_loss, set_gradients
+from hf_dp.training.step import (
+    clipped_sum_of,
+    reentrant_refused,
+    released_loss,
+    set_gradients,
+    tracked,
+)
 from hf_dp.training.tasks import recognise_task
 
 logger = logging.getLogger(__name__)
@@ -237,7 +243,7 @@ class DPTrainerMixin(ShownMixin):
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
         batch = drawn(inputs)
-        with self.coins.for_library_code():
+        with self.coins.for_library_code(), reentrant_refused():
             self._rehearse(model, plan)
             summed = clipped_sum_of(
                 model,
@@ -284,7 +290,7 @@ class DPTrainerMixin(ShownMixin):
 
     def _on_device(self, inputs: LogicalBatch) -> Iterator[Mapping[str, Any]]:
         for micro_batch in inputs.micro_batches:
-            yield self._prepare_inputs(micro_batch)
+            yield tracked(self._prepare_inputs(micro_batch))
 
     # ---- the loss of an example ----------------------------------------------------------------
 

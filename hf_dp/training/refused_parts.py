@@ -10,6 +10,7 @@ from torch.utils.data import IterableDataset
 from transformers import PreTrainedConfig
 
 from hf_dp.errors import ConfigurationError, explain
+from hf_dp.training.untracked import refuse_untracked
 
 _CONTRASTIVE = frozenset(
     {"align", "altclip", "blip", "chinese_clip", "clap", "clip", "clipseg", "flava", "groupvit"}
@@ -27,6 +28,7 @@ def refuse_model(model: nn.Module) -> None:
             capacity, rotary positions that follow the batch, a router balancing loss or a contrastive
             loss.
     """
+    refuse_untracked(model)
     for name, module in model.named_modules():
         _refuse_module(f"model.{name}" if name else "model", module)
     config = getattr(model, "config", None)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_dp.engines.base import ExampleLoss, GradientEngine, empty_sum
-from hf_dp.errors import PrivacyError
+from hf_dp.errors import ConfigurationError, HfDpError, PrivacyError, explain
 from hf_dp.plan import PrivacyPlan
 from hf_dp.sums import ClippedSum, NoisySum
 from hf_dp.training.memory import MemoryLimit
@@ -62,6 +63,36 @@ def _versions(model: nn.Module) -> dict[str, tuple[Tensor, int]]:
     """Parameters and buffers, each with the count of its changes in place."""
     held = (*model.named_parameters(), *model.named_buffers())
     return {name: (tensor, _version(tensor)) for name, tensor in held}
+
+
+@contextlib.contextmanager
+def reentrant_refused() -> Iterator[None]:
+    """Say in our words what torch says of checkpoints that recompute in a backward pass of their own.
+
+    Raises:
+        ConfigurationError: The model was set to such checkpoints, past the training arguments.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, HfDpError) or "use_reentrant" not in str(error):
+            raise
+        raise ConfigurationError(
+            explain(
+                "model.gradient_checkpointing_enable",
+                {"use_reentrant": True},
+                "use_reentrant=False",
+                "Reentrant checkpointing hides gradients from the per-example clipping.",
+                "Call model.gradient_checkpointing_enable({'use_reentrant': False}), or set "
+                "gradient_checkpointing in the TrainingArguments.",
+            )
+        ) from error
+
+
+def tracked(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`inputs` with tensors that a backward pass may save: copies of what inference mode made."""
+    made = {n: v.clone() for n, v in inputs.items() if isinstance(v, Tensor) and v.is_inference()}
+    return {**inputs, **made} if made else inputs
 
 
 def _refuse_changes(model: nn.Module, before: Mapping[str, tuple[Tensor, int]]) -> None:

@@ -332,7 +332,7 @@ def test_a_parameter_that_is_not_covered_is_named() -> None:
 
     fly(Gated(), engine=engine_named("auto"))
     engine = BookKeepingEngine()
-    engine.recorder.coverage(model := Gated()).uncovered["gate"] = "left out"
+    engine.recorder.coverage(model := Gated()).uncovered["gate"] = "gate is left out"
     with pytest.raises(UncoveredParameterError, match="gate"):
         fly(model, engine=engine)
 
@@ -432,5 +432,30 @@ def test_every_kind_of_dropout_is_off_and_training_mode_stays() -> None:
 
     model = FirstTwo(Watching())
     fly(model)
-    assert all(seen)
-    assert seen
+    assert seen[:3] == [True] * 3  # engines may look at it in evaluation mode as well
+
+
+def test_a_scalar_of_zero_is_filled_and_dropout_is_off_in_the_backward_pass_too() -> None:
+    """The gate is the model's own, so the generic rule runs all of it again, dropout included."""
+
+    class Scaled(Reader):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate = nn.Parameter(torch.zeros(()))
+
+        def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+            return super().forward(ids, mask) * (1 + self.gate)
+
+    model = Scaled()
+    fly(model)
+    assert float(model.gate.detach()) == 0
+
+
+def test_torch_is_put_back() -> None:
+    functions = nn.functional
+    before = [functions.dropout, functions.scaled_dot_product_attention, torch.dropout]
+    fly(Reader())
+    with pytest.raises(ConfigurationError):
+        fly(Reader(Centred()))
+    after = [functions.dropout, functions.scaled_dot_product_attention, torch.dropout]
+    assert all(a is b for a, b in zip(before, after, strict=True))
