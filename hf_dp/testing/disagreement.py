@@ -1,0 +1,9 @@
+"""The error of a check that failed."""
+
+from __future__ import annotations
+
+from hf_dp.errors import HfDpError
+
+
+class DisagreementError(HfDpError, AssertionError):
+    """What was checked is not what plain autograd gives on one example at a time."""
