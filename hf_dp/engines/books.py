@@ -43,9 +43,11 @@ class Books:
             self._patience -= not factor.trimmed()
         factor.settle()
         written = factor.written()
-        if written is not None and written.values[:1].numel() <= SMALL:
-            self._small[written.values[:1].numel()][name] = written
-            return
+        if written is not None:
+            numbers = written.values.numel() // max(1, len(written.values))
+            if numbers <= SMALL:
+                self._small[numbers][name] = written
+                return
         self._factors[name] = factor
         if written is not None:
             self._squared[name] = written.squared_norm()

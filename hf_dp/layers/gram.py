@@ -75,20 +75,24 @@ class GramBatch:
 
     def add(self, name: str, left: Tensor, right: Tensor) -> None:
         """Take a pair ``(B, T, d)``, ``(B, T, p)``; the Gram matrix of `right` may serve the next, too."""
-        units, positions = left.shape[:2]
+        units, positions, _ = left.shape
         if units * positions * positions > LARGEST:
             self._found[name] = squares_of_product(left, right)
             return
         shared = self._gram_of(right)
         left = wide(left)
         shape = (units, positions, left.dtype, left.device)
-        if shape != self._shape or len(self._names) == len(self._buffer[0]):
-            self._sum_up()
         if shape != self._shape:
+            self._sum_up()
             self._shape, self._buffer = shape, _buffer(left)
-        for (start, stop), block in zip(row_blocks(positions), self._buffer, strict=True):
-            slot = block[len(self._names)]
-            torch.bmm(left[:, start:stop], left[:, start:].mT, out=slot)
+        elif len(self._names) == len(self._buffer[0]):
+            self._sum_up()
+        index = len(self._names)
+        if len(self._buffer) == 1:
+            torch.bmm(left, left.mT, out=self._buffer[0][index])
+        else:
+            for (start, stop), block in zip(row_blocks(positions), self._buffer, strict=True):
+                torch.bmm(left[:, start:stop], left[:, start:].mT, out=block[index])
         self._names.append(name)
         self._shared.append(shared)
         self._width = max(self._width, left.shape[-1], right.shape[-1])

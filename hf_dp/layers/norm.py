@@ -12,6 +12,8 @@ from torch.nn import functional as F
 from hf_dp.layers.base import trains
 from hf_dp.layers.factors import Factor, Vec, wide
 
+_EPSILON_NAMES = ("eps", "variance_epsilon", "epsilon")
+
 
 def layer_norm(
     module: nn.Module, inputs: Tensor, output_grads: Tensor, num_units: int
@@ -22,8 +24,8 @@ def layer_norm(
     weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
     g = wide(output_grads)
     if trains(weight):
-        normalised = F.layer_norm(wide(inputs), shape, None, None, eps)
-        yield weight, Vec(_over_positions(g * normalised, num_units, shape))
+        products = F.layer_norm(wide(inputs), shape, None, None, eps).mul_(g)
+        yield weight, Vec(_over_positions(products, num_units, shape))
     if trains(bias):
         yield bias, Vec(_over_positions(g, num_units, shape))
 
@@ -46,12 +48,25 @@ def _gain(
     module: nn.Module, inputs: Tensor, output_grads: Tensor, num_units: int, *, neutral: float
 ) -> Iterator[tuple[nn.Parameter, Factor]]:
     weight = module._parameters.get("weight")
-    if trains(weight):
-        # the module's own arithmetic with a gain of one: its casts to float32 and back included
+    if not trains(weight):
+        return
+    if inputs.dtype == torch.float64:
+        # the module's own arithmetic with a gain of one: it may go through float32
         unscaled = {"weight": torch.full_like(weight, neutral)}
-        normalised = functional_call(module, unscaled, (inputs,))
-        products = wide(output_grads) * normalised
+        products = output_grads * functional_call(module, unscaled, (inputs,))
         yield weight, Vec(_over_positions(products, num_units, tuple(weight.shape)))
+        return
+    x, g = (wide(t).reshape(num_units, -1, len(weight)) for t in (inputs, output_grads))
+    # one over the root mean square, (B, T), without a tensor of squares
+    squares = torch.linalg.vector_norm(x, dim=-1).square_()
+    scale = squares.div_(len(weight)).add_(epsilon_of(module, inputs.dtype)).rsqrt_()
+    yield weight, Vec(torch.bmm(scale[:, None], g * x).squeeze(1))
+
+
+def epsilon_of(module: nn.Module, dtype: torch.dtype) -> float:
+    """What the module adds to the mean square, under one of its usual names."""
+    named = (getattr(module, name, None) for name in _EPSILON_NAMES)
+    return next((value for value in named if isinstance(value, float)), torch.finfo(dtype).eps)
 
 
 def _over_positions(products: Tensor, num_units: int, shape: tuple[int, ...]) -> Tensor:
