@@ -25,8 +25,14 @@ class _Forward(nn.Module):
         super().__init__()
         self.inner = module
 
-    def forward(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        return self.inner.forward(*args, **kwargs)
+    def forward(
+        self, args: Sequence[Any], kwargs: dict[str, Any], then: Callable[[Any], Any]
+    ) -> Any:
+        return then(self.inner.forward(*args, **kwargs))
+
+
+def _as_it_is(outputs: list[Tensor]) -> list[Tensor]:
+    return outputs
 
 
 @dataclass
@@ -71,10 +77,16 @@ class WholeCall:
         """How many numbers one unit's gradient has."""
         return sum(parameter.numel() for parameter in self.parameters)
 
-    def run(self, values: Sequence[Tensor], arguments: Sequence[Any]) -> list[Tensor]:
-        """The tapped outputs with `values` in place of the parameters, wherever they are used.
+    def run(
+        self,
+        values: Sequence[Tensor],
+        arguments: Sequence[Any],
+        then: Callable[[list[Tensor]], list[Tensor]] = _as_it_is,
+    ) -> list[Tensor]:
+        """What `then` makes of the tapped outputs with `values` in place of the parameters.
 
-        No other parameter records a gradient.
+        No other parameter records a gradient. A backward pass must be part of `then`, since checkpoints
+        within the module run parts of it again, which must find the same values.
         """
         replaced = dict(zip(map(id, self.parameters), values, strict=True))
         tensors = {
@@ -83,12 +95,17 @@ class WholeCall:
         }
         args, kwargs = tree_unflatten(list(arguments), self.spec)
         enabled, dtype = self.autocast
+
+        def finish(output: Any) -> list[Tensor]:
+            leaves = tree_leaves(output)
+            with torch.autocast(self.device.type, enabled=False):
+                return then([leaves[index] for index in self.tapped])
+
         with self.quiet(), torch.autocast(self.device.type, dtype=dtype, enabled=enabled):
-            output = functional_call(
-                _Forward(self.module), tensors, (args, kwargs), tie_weights=False
+            made: list[Tensor] = functional_call(
+                _Forward(self.module), tensors, (args, kwargs, finish), tie_weights=False
             )
-        leaves = tree_leaves(output)
-        return [leaves[index] for index in self.tapped]
+        return made
 
     def unit_arguments(self, unit: int) -> list[Any]:
         """What the module would be given for one unit alone."""
@@ -100,27 +117,37 @@ class WholeCall:
     def unit_grads(self, unit: int) -> list[Tensor]:
         """One unit's gradient of each parameter, from this unit's numbers alone."""
         values = [p.detach().requires_grad_() for p in self.parameters]
+
+        def grads_of(outputs: list[Tensor]) -> list[Tensor]:
+            grads = self.grads_of(outputs, values, unit)
+            return [
+                torch.zeros_like(wide(value)) if grad is None else wide(grad)
+                for value, grad in zip(values, grads, strict=True)
+            ]
+
         with torch.enable_grad():
             if self.drawn is None:
-                outputs = self.run(values, self.unit_arguments(unit))
-            else:
-                outputs = self._with_the_same_draws(values, unit)
-            pairs = [
-                (output, self._of_unit(grad, axis, unit))
-                for output, grad, axis in zip(
-                    outputs, self.output_grads, self.output_axes, strict=True
-                )
-                if grad is not None and output.requires_grad
-            ]
-        if not pairs:
-            return [torch.zeros_like(wide(value)) for value in values]
-        found = torch.autograd.grad(
-            [output for output, _ in pairs], values, [g for _, g in pairs], allow_unused=True
-        )
-        return [
-            torch.zeros_like(wide(value)) if grad is None else wide(grad)
-            for value, grad in zip(values, found, strict=True)
+                return self.run(values, self.unit_arguments(unit), grads_of)
+            return self._with_the_same_draws(values, unit, grads_of)
+
+    def grads_of(
+        self, outputs: Sequence[Tensor], values: Sequence[Tensor], unit: int | None = None
+    ) -> Sequence[Tensor | None]:
+        """Gradients of `values`, from outputs of one unit alone or of all; None where none flows."""
+        pairs = [
+            (output, grad if unit is None else self._of_unit(grad, axis, unit))
+            for output, grad, axis in zip(outputs, self.output_grads, self.output_axes, strict=True)
+            if grad is not None and output.requires_grad
         ]
+        if not pairs:
+            return [None for _ in values]
+        found: Sequence[Tensor | None] = torch.autograd.grad(
+            [output for output, _ in pairs],
+            list(values),
+            [grad for _, grad in pairs],
+            allow_unused=True,
+        )
+        return found
 
     def _of_unit(self, tensor: Tensor, axis: UnitAxis, unit: int) -> Tensor:
         if axis.dim is None or self.num_units == 1:
@@ -131,8 +158,13 @@ class WholeCall:
             return tensor[unit]
         return tensor.narrow(axis.dim, unit, 1)
 
-    def _with_the_same_draws(self, values: Sequence[Tensor], unit: int) -> list[Tensor]:
-        """The unit's outputs under the masks that were drawn for it.
+    def _with_the_same_draws(
+        self,
+        values: Sequence[Tensor],
+        unit: int,
+        then: Callable[[list[Tensor]], list[Tensor]],
+    ) -> list[Tensor]:
+        """What `then` makes of the unit's outputs under the masks that were drawn for it.
 
         Every unit is replaced by this one, so the shapes and hence the draws are those of the call,
         and nothing of another unit, say a NaN, comes near.
@@ -144,19 +176,24 @@ class WholeCall:
             self._repeated(leaf, axis) if isinstance(leaf, Tensor) else leaf
             for leaf, axis in zip(self.unit_arguments(unit), self.axes, strict=True)
         ]
-        with kept_randomness(self.device):
-            before.restore()
-            outputs = self.run(values, arguments)
+
+        def of_unit(outputs: list[Tensor]) -> list[Tensor]:
             if not Randomness.now(self.device).same(after):
                 raise UncoveredParameterError(
                     f"{type(self.module).__qualname__}: expected it to draw the same random numbers when "
                     "it is run again. How many it draws depends on the examples, so its dropout masks "
                     "cannot be repeated. Switch its dropout off, or use engine='sequential'."
                 )
-        return [
-            output if axis.added else self._of_unit(output, axis, unit)
-            for output, axis in zip(outputs, self.output_axes, strict=True)
-        ]
+            return then(
+                [
+                    output if axis.added else self._of_unit(output, axis, unit)
+                    for output, axis in zip(outputs, self.output_axes, strict=True)
+                ]
+            )
+
+        with kept_randomness(self.device):
+            before.restore()
+            return self.run(values, arguments, of_unit)
 
     def _repeated(self, leaf: Tensor, axis: UnitAxis) -> Tensor:
         if axis.dim is None or self.num_units == 1:

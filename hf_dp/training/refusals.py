@@ -96,7 +96,7 @@ _REFUSED: tuple[Check, ...] = (
         _on,
         "False",
         "It restarts the loop after releases were made, and the step count would forget them.",
-        "Lower per_device_train_batch_size: it only sets memory, never the privacy.",
+        "Leave it off: micro-batches that do not fit in memory are halved, and no step is lost.",
     ),
     (
         "train_sampling_strategy",

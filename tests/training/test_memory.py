@@ -253,3 +253,50 @@ def test_a_run_with_a_budget_releases_the_same(tmp_path: Path) -> None:
 def test_a_budget_of_nothing_is_refused(tmp_path: Path, value: int) -> None:
     with pytest.raises(ConfigurationError, match="max_tokens_per_micro_batch"):
         trainer_for(tmp_path, dp={"max_tokens_per_micro_batch": value})
+
+
+# ---- failing in the middle of a pass -----------------------------------------------------------------
+
+
+class Cramped(torch.nn.Module):
+    """Runs out above some rows, in the forward pass or in the backward pass."""
+
+    def __init__(self, rows: int, where: str) -> None:
+        super().__init__()
+        self.rows, self.where, self.failed = rows, where, 0
+
+    def forward(self, states: Tensor) -> Tensor:
+        if len(states) > self.rows:
+            if self.where == "forward":
+                self.fail()
+            elif states.requires_grad:
+                states.register_hook(self.fail)
+        return states
+
+    def fail(self, *_: object) -> None:
+        self.failed += 1
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("engine", ["book_keeping", "two_pass", "sequential"])
+def test_a_pass_that_breaks_off_leaves_the_model_whole(
+    tmp_path: Path, engine: str, where: str
+) -> None:
+    results = []
+    for rows in (100, 4):  # the made-up examples fit
+        model: Any = tiny_bert()
+        cramped = model.bert.encoder.layer[1].output.dropout = Cramped(rows, where)
+        trainer = trainer_for(
+            tmp_path / str(rows),
+            model=model,
+            coins=fixed(),
+            host={"max_steps": 2, "per_device_train_batch_size": 20},
+            dp={"engine": engine, "preflight": False, "expected_batch_size": 20},
+        )
+        trainer.train()
+        results.append(weights(model))
+        assert all(p.requires_grad for p in model.parameters())
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    torch.testing.assert_close(*results)
+    assert bool(cramped.failed) is (engine != "sequential")
