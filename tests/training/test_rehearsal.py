@@ -8,13 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+from loss_zoo import batch, build
+from loss_zoo import trainer_for as loss_trainer
 from tiny_runs import collate, fixed, tiny_bert, trainer_for, weights
 from torch import Tensor, nn
 
+from hf_dp.clipping import FlatClipping, LossRelease
+from hf_dp.engines import engine_named
+from hf_dp.engines.preflight import TOLERANCE, preflight
 from hf_dp.errors import ConfigurationError
 from hf_dp.ledger import LEDGER_NAME, read_ledger
 from hf_dp.training import mixin, rehearsal
-from hf_dp.training.choice import Choice
+from hf_dp.training.choice import Choice, choose
+from hf_dp.training.made_up import each_alone
 
 OFF = "preflight was switched off"
 
@@ -154,3 +160,33 @@ def test_where_each_is_computed_alone_there_is_nothing_to_compare(
     with caplog.at_level(logging.INFO):
         trainer_for(tmp_path / "y", cls=Scaled, host={"max_steps": 1}).train()
     assert "nothing to compare" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["bart-seq2seq", "bert-qa", "gpt2-lm", "opt-lm", "qwen3-lm", "roberta-token", "t5-seq2seq"],
+)
+def test_ordinary_models_pass_with_room_to_spare(name: str) -> None:
+    model, inputs = build(name), batch(name)
+    columns = {k: v[:1] if isinstance(v, Tensor) else v for k, v in inputs.items()}
+    trainer = loss_trainer(model)
+    choice = choose(
+        model,
+        columns,
+        lambda model, alone: trainer.compute_loss(model, alone),
+        given=None,
+        trusted=True,
+    )
+    assert choice.rows is not None
+    assert not choice.alone
+    model.train()
+    preflight(
+        model,
+        each_alone(choice.rows),
+        choice.rows,
+        engine=engine_named("auto"),
+        example_loss=choice.example_loss,
+        clipping=FlatClipping(1.0),
+        loss_release=LossRelease(),
+        tolerance=TOLERANCE / 20,
+    )
