@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import nn
 
 from hf_dp.engines.coverage import Coverage
 from hf_dp.engines.formula_tap import FormulaTap
-from hf_dp.engines.tap import PointTap, Recording
+from hf_dp.engines.tap import PointTap, Recording, set_requires_grad
 from hf_dp.engines.whole_tap import WholeTap
 
 
@@ -19,15 +19,17 @@ def recording(coverage: Coverage, num_units: int) -> Iterator[Recording]:
     """Tap every point of `coverage`; hooks and ``requires_grad`` are put back on the way out."""
     parameters = coverage.parameters
     anchor = torch.zeros((), device=next(iter(parameters.values())).device, requires_grad=True)
-    record = Recording(parameters, anchor, num_units)
+    record = Recording(parameters, anchor, num_units, counts=coverage.counts)
     with contextlib.ExitStack() as stack:
-        stack.callback(_enable, parameters.values())
+        stack.callback(set_requires_grad, parameters.values(), True)
         for point in coverage.points:
+            if point.rule is None and _is_checkpointed(point.module):
+                record.held += point.parameters
             kind: type[PointTap] = FormulaTap if point.rule is not None else WholeTap
             kind(record, point, coverage).attach(stack)
         yield record
 
 
-def _enable(parameters: Iterable[nn.Parameter]) -> None:
-    for parameter in parameters:
-        parameter.requires_grad_(True)
+def _is_checkpointed(module: nn.Module) -> bool:
+    """Whether the module's own forward is a checkpoint, as that of transformers' layers can be."""
+    return module.training and getattr(module, "gradient_checkpointing", False) is True

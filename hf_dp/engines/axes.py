@@ -46,7 +46,7 @@ def establish_axes(
     Args:
         model: As the engine will call it.
         inputs: A micro-batch of two or more examples.
-        coverage: Its axes are filled.
+        coverage: Its axes are filled, beside those known of other kinds of calls.
         example_loss: One loss per example.
         probes: How many of the examples to run.
 
@@ -71,7 +71,10 @@ def establish_axes(
                         _learn(point, single, double, axes, compare=not mode)
                     except _Doubts as doubt:
                         doubts.setdefault(point.name, str(doubt))
-    coverage.axes = axes
+    before = coverage.axes or {}  # of kinds of calls that these examples may not have made
+    coverage.axes = {
+        name: {**before.get(name, {}), **axes.get(name, {})} for name in (*before, *axes)
+    }
     return [
         (p, doubts[p.name]) for p in coverage.points if p.method == "forward" and p.name in doubts
     ]

@@ -198,8 +198,7 @@ class Coverage:
         module = self.model.get_submodule(place)
         both = tuple(answered.values())
         self.points.append(TapPoint(place, module, None, both, generic=GenericRule(module)))
-        if self.axes is not None:
-            self.axes.pop(place, None)
+        self.axes = None  # other taps hand other shapes on
 
     def _above(self, name: str) -> str | None:
         return self._called(name.rpartition(".")[0]) if name else None

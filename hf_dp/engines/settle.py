@@ -92,6 +92,7 @@ def _climb_or_repeat(coverage: Coverage, error: NotTappableError) -> None:
     generic = error.point.generic
     if isinstance(error, NoOutputAxisError) and generic is not None and not generic.repeats:
         generic.repeats = True
+        coverage.axes = None
     else:
         coverage.climb(error.point, str(error))
 

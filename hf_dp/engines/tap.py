@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,6 +67,9 @@ class Recording:
         silent: While it is positive, taps do nothing.
         folds: Folded axes seen: what was found, and what it must equal.
         sizes: Numbers of positions seen, by source.
+        counts: Whether these are needed.
+        held: Parameters that record no gradient during a backward pass either: a checkpoint runs their
+            module's forward again without its hooks, and must find what the forward pass found.
     """
 
     parameters: Mapping[str, nn.Parameter]
@@ -79,6 +82,8 @@ class Recording:
         default_factory=list
     )
     sizes: dict[Any, set[int]] = field(default_factory=dict)
+    counts: bool = False
+    held: list[nn.Parameter] = field(default_factory=list)
 
     def backward(
         self, losses: Tensor, on_call: Callable[[Call], None], *, again: bool = False
@@ -92,7 +97,13 @@ class Recording:
             return  # no trainable parameter took part: every gradient is zero
         self.on_call = on_call
         targets = [self.anchor, *self.parameters.values()]
-        grads = torch.autograd.grad(losses.sum(), targets, retain_graph=again, allow_unused=True)
+        total = losses.sum()
+        if self.held:
+            total.register_hook(lambda _: set_requires_grad(self.held, False))
+        try:
+            grads = torch.autograd.grad(total, targets, retain_graph=again, allow_unused=True)
+        finally:
+            set_requires_grad(self.held, True)
         used = [
             name for name, grad in zip(self.parameters, grads[1:], strict=True) if grad is not None
         ]
@@ -152,8 +163,8 @@ class _Tap(torch.autograd.Function):
         inputs = tuple(saved.detach() for saved in ctx.saved_tensors)
         if any(grad is not None for grad in grads):
             ctx.recording.on_call(Call(ctx.point, inputs, grads, ctx.context))
-        anchor = ctx.recording.anchor.new_zeros(())
-        return None, None, None, anchor, None, *grads, *(None,) * ctx.num_inputs
+        # the anchor's own gradient is of no use: zeros would be added up, two kernels for each call
+        return None, None, None, None, None, *grads, *(None,) * ctx.num_inputs
 
 
 class PointTap:
@@ -164,7 +175,7 @@ class PointTap:
         self.record = record
         self.point = point
         self.layouts: Mapping[Hashable, Layout] = coverage.layouts(point)
-        self.counts = coverage.counts
+        self.counts = record.counts
 
     def attach(self, stack: contextlib.ExitStack) -> None:
         """Register the hooks for as long as `stack` lives."""
@@ -193,8 +204,7 @@ class PointTap:
 
     def set_requires_grad(self, value: bool) -> None:
         """Whether the point's parameters record gradients."""
-        for parameter in self.point.parameters:
-            parameter.requires_grad_(value)
+        set_requires_grad(self.point.parameters, value)
 
     def check_rows(self, layout: Layout, index: int, axis: UnitAxis | None, leaf: Tensor) -> None:
         """Refuse a tensor that has not the examples where calls of this kind have them."""
@@ -223,6 +233,12 @@ class PointTap:
             "module with trainable parameters to run alike for the first examples too, which shows "
             "where it has the examples. Use engine='sequential', or freeze it.",
         )
+
+
+def set_requires_grad(parameters: Iterable[nn.Parameter], value: bool) -> None:
+    """Whether `parameters` record gradients."""
+    for parameter in parameters:
+        parameter.requires_grad_(value)
 
 
 def note_sizes(sizes: dict[Any, set[int]], name: str, tensor: Tensor) -> None:

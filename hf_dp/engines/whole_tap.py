@@ -143,6 +143,12 @@ class WholeTap(PointTap):
             returned.values[index] = leaf
         return tree_unflatten(returned.values, returned.spec)
 
+    def set_requires_grad(self, value: bool) -> None:
+        recomputing = self.record.on_call is not None
+        held = recomputing and any(p is q for p in self.record.held for q in self.point.parameters)
+        if not (value and held):
+            super().set_requires_grad(value)
+
     def after(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:

@@ -82,42 +82,36 @@ def lookup(call: WholeCall) -> OneHot:
         UncoveredParameterError: The table is used otherwise, or the ids have no axis of units.
     """
     table = call.parameters[0].detach()
-    rows, ids, paddings = [], [], []
-    with torch.enable_grad(), kept_randomness(call.device):
-        if call.drawn is not None:
-            call.drawn[0].restore()
-        with _Lookups(table) as lookups:
-            outputs = call.run([table], call.arguments)
-        for found, row, padding in lookups.found:
-            if found.dim() < 2 or found.shape[0] != call.num_units:
+    lookups = _Lookups(table)
+    ids: list[Tensor] = []
+
+    def grads_of(outputs: list[Tensor]) -> list[Tensor]:
+        grads = call.grads_of(outputs, [rows for _, rows, _ in lookups.found])
+        kept = []
+        for (looked_up, _, padding), grad in zip(lookups.found, grads, strict=True):
+            if grad is None:
+                continue
+            if looked_up.dim() < 2 or looked_up.shape[0] != call.num_units:
                 raise UncoveredParameterError(
-                    f"ids of shape {tuple(found.shape)}: expected {call.num_units} units on the first "
+                    f"ids of shape {tuple(looked_up.shape)}: expected {call.num_units} units on the first "
                     "axis. Without that axis one unit's gradient cannot be told from another's. "
                     "Use engine='sequential'."
                 )
-            ids.append(found.flatten(1))
-            rows.append(row)
-            paddings.append(padding)
-        pairs = [
-            (output, grad)
-            for output, grad in zip(outputs, call.output_grads, strict=True)
-            if grad is not None and output.requires_grad
-        ]
-        if not pairs:
-            raise UncoveredParameterError(
-                f"{type(call.module).__qualname__}: expected its output to depend on rows of its table. "
-                "Otherwise there is no lookup to differentiate. Use engine='sequential'."
-            )
-        grads = torch.autograd.grad(
-            [output for output, _ in pairs],
-            rows,
-            [grad for _, grad in pairs],
-            materialize_grads=True,
+            ids.append(looked_up.flatten(1))
+            grad = grad.flatten(1, -2)
+            if padding is not None:
+                grad = grad.masked_fill((ids[-1] == padding)[:, :, None], 0)
+            kept.append(grad)
+        return kept
+
+    with torch.enable_grad(), kept_randomness(call.device):
+        if call.drawn is not None:
+            call.drawn[0].restore()
+        with lookups:
+            grads = call.run([table], call.arguments, grads_of)
+    if not grads:
+        raise UncoveredParameterError(
+            f"{type(call.module).__qualname__}: expected its output to depend on rows of its table. "
+            "Otherwise there is no lookup to differentiate. Use engine='sequential'."
         )
-    flat = [
-        grad.flatten(1, -2).masked_fill((one == padding)[:, :, None], 0)
-        if padding is not None
-        else grad.flatten(1, -2)
-        for grad, one, padding in zip(grads, ids, paddings, strict=True)
-    ]
-    return OneHot(torch.cat(ids, 1), torch.cat(flat, 1), table.shape[0])
+    return OneHot(torch.cat(ids, 1), torch.cat(grads, 1), table.shape[0])
