@@ -54,7 +54,7 @@ def cost_of(step: Step) -> Cost:
     with FlopCounterMode(display=False, custom_mapping={**in_place, **attention}) as flops:
         step()
     gc.collect()
-    with _Counter() as counter:
+    with Counter() as counter:
         result = step()
     del result
     return Cost(flops.get_total_flops(), counter.kernels, counter.peak)
@@ -79,8 +79,14 @@ def _attention_backward_flops(
     return 5 * _attention_flops(query, key, value) // 2  # scores again, and four gradients
 
 
-class _Counter(TorchDispatchMode):
-    """Counts kernels and follows the storages that were made while it was on."""
+class Counter(TorchDispatchMode):
+    """Counts kernels and follows the storages that were made while it was on.
+
+    Attributes:
+        kernels: How many operations computed or copied.
+        names: How often each operation was called.
+        peak: The largest total of live bytes.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -96,9 +102,8 @@ class _Counter(TorchDispatchMode):
             if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self._known:
                 self._outside.add(tensor.untyped_storage()._cdata)
         result = func(*args, **(kwargs or {}))
-        if _computes(func):
-            self.kernels += 1
-            self.names[str(func)] = self.names.get(str(func), 0) + 1
+        self.names[str(func)] = self.names.get(str(func), 0) + 1
+        self.kernels += _computes(func)
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self._follow(tensor.untyped_storage())

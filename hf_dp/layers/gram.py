@@ -19,6 +19,8 @@ from hf_dp.layers.per_unit import sum_of, wide
 
 BUFFER = 2**20
 """Numbers that wait to be summed, unless one product alone has more."""
+PAIRS = 32
+"""Products that wait, at most."""
 LARGEST = 2**23
 """Numbers in the Gram matrices of one product, above which its blocks are taken one by one."""
 
@@ -134,7 +136,7 @@ def _buffer(left: Tensor) -> Blocks:
     units, positions = left.shape[:2]
     shapes = [(units, stop - start, positions - start) for start, stop in row_blocks(positions)]
     numbers = sum(units * rows * columns for _, rows, columns in shapes)
-    capacity = max(1, BUFFER // numbers)
+    capacity = min(PAIRS, max(1, BUFFER // numbers))
     return [left.new_empty(capacity, *shape) for shape in shapes]
 
 

@@ -6,20 +6,27 @@ import torch
 from torch import Tensor
 
 from hf_dp.layers.gram import Squares, squares_of_product
-from hf_dp.layers.per_unit import Factor, Vec, squares_of_positions, wide, zero_rows
+from hf_dp.layers.per_unit import (
+    Factor,
+    Vec,
+    squares_of_positions,
+    wide,
+    without_positions,
+    zero_rows,
+)
 from hf_dp.layers.scaled import ScaledProducts
 
 # Written out, a gradient costs B p d numbers and as many more to read for norm and sum; as two sides,
 # B T (p + d) numbers and the Gram matrices. With these at their triangle's price the CPU is about even
 # at 0.6; memory is even at 1, and is what runs out first.
-_WRITTEN_OUT_FROM = 0.8
+_WRITTEN_OUT_FROM = 0.9
 
 
 class Mat(Factor):
     """Gradients ``left_i^T right_i``: left ``(B, T, d)``, right ``(B, T, p)``, shape ``(d, p)``.
 
     Cost per unit: ``T^2 (p + d)`` for the norm by Gram matrices, ``T p d`` written out. The second is
-    taken when ``T (p + d) >= 0.8 p d``; the arithmetic changes sides before that, the memory at 1.
+    taken when ``T (p + d) >= 0.9 p d``; the arithmetic changes sides before that, the memory at 1.
     """
 
     def __init__(self, left: Tensor, right: Tensor) -> None:
@@ -64,7 +71,7 @@ class Mat(Factor):
             self.dense()
         if self._dense is not None:  # the sides are not needed any more
             self._settled = True
-            self.left, self.right = self.left[:, :0], self.right[:, :0]
+            self.left, self.right = without_positions(self.left), without_positions(self.right)
 
     def written(self) -> Vec | None:
         return self._dense

@@ -12,6 +12,7 @@ from hf_dp.layers.per_unit import (
     squares_of_positions,
     squares_of_rows,
     wide,
+    without_positions,
     zero_rows,
 )
 
@@ -37,7 +38,7 @@ class OneHot(Factor):
         batch, positions, width = self.rows.shape
         if self.num_rows <= positions:
             self._dense = self.dense()
-            self.ids, self.rows = self.ids[:, :0], self.rows[:, :0]
+            self.ids, self.rows = without_positions(self.ids), without_positions(self.rows)
             return
         ordered, _ = self.ids.sort(dim=1)
         ids = self.ids.contiguous()

@@ -191,6 +191,11 @@ def squares_of_positions(rows: Tensor) -> Tensor:
     return rows.square().sum(-1) + lost
 
 
+def without_positions(tensor: Tensor) -> Tensor:
+    """``(B, 0, ...)``, in memory of its own: a view would hold on to `tensor`'s."""
+    return tensor.new_empty(tensor.shape[0], 0, *tensor.shape[2:])
+
+
 def zero_rows(tensor: Tensor, dropped: Tensor) -> Tensor:
     """`tensor` with the rows of the `dropped` units, ``(B,)`` bool, set to zero."""
     shape = (-1,) + (1,) * (tensor.dim() - 1)
