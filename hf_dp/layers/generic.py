@@ -75,9 +75,19 @@ class GenericRule:
             return None
 
     def try_out(self, call: WholeCall) -> None:
-        """Settle which form is right, by computation; `call` is of two or so units."""
+        """Settle which form is right, by computation; `call` is of two or so units.
+
+        Raises:
+            UncoveredParameterError: The module reaches a parameter in a way that cannot be followed.
+        """
         if call.drawn is not None:
             return
+        if call.misses():
+            raise UncoveredParameterError(
+                f"{type(call.module).__qualname__}: expected it to use its parameters under the names that "
+                "they are registered by. A use of the tensor itself, say from a list, has a gradient "
+                "that could not be told apart. Use engine='sequential', or register it."
+            )
         each = [call.unit_grads(unit) for unit in range(call.num_units)]
         expected = [torch.stack(grads) for grads in zip(*each, strict=True)]
         if self.looks_up:

@@ -130,6 +130,20 @@ class WholeCall:
                 return self.run(values, self.unit_arguments(unit), grads_of)
             return self._with_the_same_draws(values, unit, grads_of)
 
+    def misses(self) -> bool:
+        """Whether the module also reaches a parameter by a way that replacing it by name leaves open.
+
+        Such a use, say through a list of parameters, would be left out of every gradient.
+        """
+        originals = [p for p in self.parameters if p.requires_grad]
+
+        def reached(outputs: list[Tensor]) -> list[Tensor]:
+            return [grad for grad in self.grads_of(outputs, originals, 0) if grad is not None]
+
+        with torch.enable_grad():
+            values = [p.detach() for p in self.parameters]
+            return bool(self.run(values, self.unit_arguments(0), reached))
+
     def grads_of(
         self, outputs: Sequence[Tensor], values: Sequence[Tensor], unit: int | None = None
     ) -> Sequence[Tensor | None]:

@@ -293,5 +293,26 @@ def test_an_uncovered_output_names_the_module() -> None:
         book_kept(Total(), data(), loss)
 
 
+def test_a_parameter_that_is_also_reached_unregistered_is_refused() -> None:
+    class Behind(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain = nn.Parameter(torch.ones(6).double())
+            self.behind = [self.gain]  # not under its name
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x * self.gain) * self.behind[0]
+
+    with pytest.raises(
+        UncoveredParameterError, match="under the names that they are registered by"
+    ):
+        book_kept(Behind(), data())
+    with pytest.MonkeyPatch.context() as patch:  # planted: nobody asks; then the sum is wrong
+        patch.setattr(WholeCall, "misses", lambda self: False)
+        found = book_kept(Behind(), data())
+    with pytest.raises(AssertionError):
+        assert_same_sum(found, naive(Behind(), data(), C, squares), 1e-3)
+
+
 def test_the_result_is_a_clipped_sum() -> None:
     assert isinstance(book_kept(UsesGains(), data()), ClippedSum)
