@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from hf_dp.clipping.flat import FlatClipping
 from hf_dp.engines.base import ExampleLoss, GradientEngine, trainable_parameters
 from hf_dp.engines.coverage import Coverage, TapPoint
+from hf_dp.engines.flops import counted
 from hf_dp.engines.rows import batch_size
 from hf_dp.engines.undisturbed import undisturbed
 from hf_dp.layers.factors import Factor
@@ -72,18 +72,22 @@ class EngineReport:
         length: Positions of the made-up examples, or None where they have none.
         rows: Every trainable parameter, in the model's order.
         plain_flops: Of a step without privacy, forward and backward, per example.
+        counted_flops: Of the engine's own step, per example, counted where some row's are not known.
     """
 
     engine: str
     length: int | None
     rows: tuple[EngineRow, ...]
     plain_flops: float
+    counted_flops: float | None = None
 
     @property
     def overhead(self) -> float | None:
-        """Predicted operations over those of a plain step; None where a part is not known."""
-        if not self.plain_flops or any(row.extra_flops is None for row in self.rows):
+        """Operations over those of a plain step, predicted or counted; None where neither can be."""
+        if not self.plain_flops:
             return None
+        if any(row.extra_flops is None for row in self.rows):
+            return None if self.counted_flops is None else self.counted_flops / self.plain_flops
         extra = sum(row.extra_flops or 0.0 for row in self.rows) / self.plain_flops
         return 1 + extra + (_TWO_PASSES if self.engine == "two_pass" else 0)
 
@@ -100,6 +104,8 @@ class EngineReport:
         kept = f"{self.extra_bytes / 2**20:.3g} MiB per example are kept until the sum"
         if self.overhead is None:
             return f"Some rules run foreign code, whose operations are not known; {kept}."
+        if self.counted_flops is not None:
+            return f"Counted: {self.overhead:.3f} x the operations of a plain step; {kept}."
         return f"Predicted: {self.overhead:.3f} x the operations of a plain step; {kept}."
 
     def cells(self) -> list[tuple[str, ...]]:
@@ -113,6 +119,7 @@ class EngineReport:
             "engine": self.engine,
             "length": self.length,
             "plain_flops": self.plain_flops,
+            "counted_flops": self.counted_flops,
             "overhead": self.overhead,
             "extra_bytes": self.extra_bytes,
             "rows": [{**asdict(row), "ratio": row.ratio} for row in self.rows],
@@ -150,7 +157,11 @@ def explain_engine(
     """
     with undisturbed(model):
         clipping = FlatClipping(1.0)
-        engine.clipped_sum(model, inputs, example_loss=example_loss, clipping=clipping)
+
+        def summed_by(one: GradientEngine) -> None:
+            one.clipped_sum(model, inputs, example_loss=example_loss, clipping=clipping)
+
+        summed_by(engine)
         chosen: GradientEngine = getattr(engine, "chosen", None) or engine
         plain = _plain_flops(model, inputs, example_loss)
         recorder = getattr(chosen, "recorder", None)
@@ -166,21 +177,28 @@ def explain_engine(
             rows = [
                 factors.get(name) or _unused(name, p) for name, p in coverage.parameters.items()
             ]
-    return EngineReport(chosen.name, length, tuple(_grouped(rows)), plain)
+        own: float | None = None
+        if recorder is not None and any(row.extra_flops is None for row in rows):
+            # another engine: what a counted run learns (say that vmap fails) must not stay
+            twin = type(chosen)(recorder.layer_rules)  # type: ignore[call-arg]
+            summed_by(twin)
+            total = counted(lambda: summed_by(twin))
+            own = None if total is None else total / batch_size(inputs)
+    return EngineReport(chosen.name, length, tuple(_grouped(rows)), plain, own)
 
 
 def _plain_flops(model: nn.Module, inputs: Mapping[str, Any], example_loss: ExampleLoss) -> float:
     parameters = list(trainable_parameters(model).values())
-    counter, passes = FlopCounterMode(display=False), 1
-    try:
-        with counter:
-            loss = example_loss(model, inputs).sum()
-            torch.autograd.grad(loss, parameters, allow_unused=True)
-    except RuntimeError:  # the counter's own hooks cannot follow every graph
-        counter, passes = FlopCounterMode(display=False), 3
-        with torch.no_grad(), counter:
-            example_loss(model, inputs)
-    return float(counter.get_total_flops()) * passes / batch_size(inputs)
+
+    def forward_and_backward() -> None:
+        loss = example_loss(model, inputs).sum()
+        torch.autograd.grad(loss, parameters, allow_unused=True)
+
+    flops = counted(forward_and_backward)
+    if flops is None:
+        with torch.no_grad():
+            flops = 3 * (counted(lambda: example_loss(model, inputs)) or 0.0)
+    return flops / batch_size(inputs)
 
 
 # ---- one parameter -------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -85,8 +86,13 @@ def test_rules_and_modules_are_named() -> None:
     assert row(found, "idle.weight").form == "not used"
     generic = report(model=Stack(gated=True))
     assert row(generic, "gate").rule == "generic"
-    assert generic.overhead is None
-    assert "not known" in generic.summary
+    assert generic.counted_flops is not None
+    assert generic.overhead is not None
+    assert 1 < generic.overhead < 3
+    assert generic.summary.startswith("Counted: ")
+    unknown = replace(generic, counted_flops=None)
+    assert unknown.overhead is None
+    assert "not known" in unknown.summary
 
 
 @pytest.mark.parametrize(("length", "form"), [(4, "gram"), (60, "written out")])
