@@ -53,11 +53,23 @@ def cost_of(step: Step) -> Cost:
     }
     with FlopCounterMode(display=False, custom_mapping={**in_place, **attention}) as flops:
         step()
+    counter = _counted(step)
+    return Cost(flops.get_total_flops(), counter.kernels, counter.peak)
+
+
+def peak_of(step: Step) -> int:
+    """`Cost.peak_bytes` alone; the step runs twice."""
+    step()
+    return _counted(step).peak
+
+
+def _counted(step: Step) -> Counter:
     gc.collect()
-    with Counter() as counter:
+    counter = Counter()
+    with counter:
         result = step()
     del result
-    return Cost(flops.get_total_flops(), counter.kernels, counter.peak)
+    return counter
 
 
 def _addmm_flops(_: Any, a: Any, b: Any, *args: Any, **kwargs: Any) -> int:

@@ -4,7 +4,9 @@ Every variant of a case runs in turn, round after round, in one process with one
 a ratio to that round's plain step, and the median of the rounds is reported. Time is the process's CPU
 time, so that other work on the machine disturbs little. FLOPs, kernels and bytes are counted beside it.
 
-    python -m benchmarks.step_time                       # all cases, about 15 minutes; keeps the result
+Peers, several times slower, run where a case is 512 wide with 128 positions, unless asked for.
+
+    python -m benchmarks.step_time                       # all cases, about 20 minutes; keeps the result
     python -m benchmarks.step_time --only "bert d=512"   # cases whose name contains it; keeps nothing
     python -m benchmarks.step_time --check               # seconds, tiny; keeps nothing
 """
@@ -37,8 +39,7 @@ Row = dict[str, Any]
 PEERS: dict[str, Callable[[Case], Variant]] = {
     "opacus ghost": lambda case: opacus(case, "ghost"),
     "opacus hooks": lambda case: opacus(case, "hooks"),
-    "fastDP": lambda case: fastdp(case, origin=False),
-    "fastDP origin": lambda case: fastdp(case, origin=True),
+    "fastDP": fastdp,
 }
 
 
@@ -69,7 +70,7 @@ def measure(case: Case, *, rounds: int, peers: bool) -> list[Row]:
     right = ours(case, "sequential").grads
     expected = right() if right is not None else {}
     base_cost = cost_of(base.step)
-    base_times, times = _interleaved(base, variants, rounds)
+    base_times, times = interleaved(base, variants, rounds)
     rows.append(
         {
             "case": case.name,
@@ -96,9 +97,10 @@ def measure(case: Case, *, rounds: int, peers: bool) -> list[Row]:
     return rows
 
 
-def _interleaved(
+def interleaved(
     base: Variant, variants: Sequence[Variant], rounds: int
 ) -> tuple[list[float], list[list[float]]]:
+    """CPU seconds of the base and of each variant, in turn, round after round."""
     for variant in (base, *variants):
         variant.step()
     base_times, times = [], [[] for _ in variants]  # type: ignore[var-annotated]
@@ -140,7 +142,7 @@ def summary(rows: Sequence[Row]) -> Row:
         some = [row for row in mine if row["case"] in names]
         for key in ("time", "flops", "kernels", "peak_bytes") if some else ():
             values = [row[key] for row in some]
-            found[f"{kind} {key}"] = {"geometric_mean": _mean(values), "worst": max(values)}
+            found[f"{kind} {key}"] = {"geometric_mean": mean(values), "worst": max(values)}
     by_case = {row["case"]: row["time"] for row in mine}
     for peer in PEERS:
         right = [
@@ -150,14 +152,15 @@ def summary(rows: Sequence[Row]) -> Row:
         ]
         if right:
             found[f"{peer} / ours"] = {
-                "geometric_mean": _mean(right),
+                "geometric_mean": mean(right),
                 "least": min(right),
                 "cases": len(right),
             }
     return found
 
 
-def _mean(values: Sequence[float]) -> float:
+def mean(values: Sequence[float]) -> float:
+    """Geometric."""
     return math.exp(statistics.fmean(map(math.log, values)))
 
 
@@ -166,20 +169,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--only", default="", help="only cases whose name contains this")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--peers", choices=("some", "all", "none"), default="some")
     parser.add_argument("--check", action="store_true", help="tiny cases; keeps nothing")
     options = parser.parse_args()
     torch.set_num_threads(1)
     cases = TINY if options.check else (*FULL, *LORA)
     rows: list[Row] = []
     for case in (case for case in cases if options.only in case.name):
-        new = measure(case, rounds=options.rounds, peers=not options.no_peers)
+        some = options.check or (case.width, case.positions) == (512, 128)
+        peers = options.peers == "all" or (options.peers == "some" and some)
+        new = measure(case, rounds=options.rounds, peers=peers)
         for line in list(table(new))[bool(rows) :]:
             print(line, flush=True)
         rows += new
     report = {"machine": machine(), "rounds": options.rounds, "summary": summary(rows)}
     print(json.dumps(report, indent=1))
-    if not (options.check or options.only or options.no_peers):
+    if not (options.check or options.only):
         text = json.dumps({**report, "rows": rows}, indent=1)
         (RESULTS / "step_time.json").write_text(text + "\n", encoding="utf-8")
 

@@ -129,15 +129,16 @@ def _opacus_ghost(gs: Any, model: nn.Module, inputs: dict[str, Tensor]) -> Varia
     return Variant("opacus ghost", grads, grads)
 
 
-def fastdp(case: Case, *, origin: bool) -> Variant:
-    """The book-keeping of fastDP in its mixed mode; `origin` is its faster ghost differentiation."""
+def fastdp(case: Case) -> Variant:
+    """The book-keeping of fastDP in its best setting.
+
+    That is the mixed mode, with its ghost differentiation (origin parameters) where they are trained.
+    """
     try:
         with _quiet():
             from fastDP import PrivacyEngine, transformers_support  # type: ignore[import-not-found,unused-ignore]
     except Exception as missing:
         raise NotAvailable("not installed") from missing
-    if origin and case.lora_rank:
-        raise NotAvailable("its origin parameters are frozen under LoRA")
     # its own forward functions are of a transformers that is gone; positions are given row by row
     transformers_support.forward_swapper = lambda module: None
     model, inputs = case.model(), case.batch()
@@ -155,7 +156,7 @@ def fastdp(case: Case, *, origin: bool) -> Variant:
             clipping_fn="Abadi",
             clipping_style="all-layer",
             loss_reduction="sum",
-            origin_params=first if origin else None,
+            origin_params=None if case.lora_rank else first,
         )
     parameters: dict[str, Any] = dict(model.named_parameters())
 
@@ -171,7 +172,7 @@ def fastdp(case: Case, *, origin: bool) -> Variant:
                 del parameters[name].private_grad
         return found
 
-    return Variant("fastDP origin" if origin else "fastDP", grads, grads)
+    return Variant("fastDP", grads, grads)
 
 
 def _weights(norms: Tensor) -> Tensor:
