@@ -21,6 +21,7 @@ from hf_dp.engines.base import ExampleLoss
 from hf_dp.engines.coverage import Coverage, Layout, TapPoint, takes_folded
 from hf_dp.engines.probe import Probe, Seen, axis_of, doubled, mode_of, run_probe, without_axis
 from hf_dp.engines.rows import batch_size, select_rows
+from hf_dp.engines.sketch import Sketch, in_order
 from hf_dp.layers.base import FIRST, FOLDED, ROW, SHARED, UnitAxis
 
 _PROBES = 3  # one example alone may by chance look as if it had the axis, say with a single token
@@ -62,15 +63,24 @@ def establish_axes(
         if not missing:
             break
         with mode_of(model, training=mode), torch.no_grad():
-            for index in range(min(batch_size(inputs), probes)):
+            singles: list[Probe] = []
+            count = min(batch_size(inputs), probes)
+            for index in range(count):
                 one, two = (select_rows(inputs, rows) for rows in ([index], [index, index]))
                 single = run_probe(model, one, missing, example_loss)
                 double = doubled(model, two, missing, example_loss, single)
+                singles.append(single)
                 for point in missing:
                     try:
                         _learn(point, single, double, axes, compare=not mode)
                     except _Doubts as doubt:
                         doubts.setdefault(point.name, str(doubt))
+            if not mode and count > 1:
+                for order in (list(range(count)), list(range(count))[::-1]):
+                    mixed = run_probe(model, select_rows(inputs, order), missing, example_loss)
+                    for point in missing:
+                        if not _keeps_order(axes.get(point.name, {}), point, singles, mixed, order):
+                            doubts.setdefault(point.name, without_axis(point))
     before = coverage.axes or {}  # of kinds of calls that these examples may not have made
     coverage.axes = {
         name: {**before.get(name, {}), **axes.get(name, {})} for name in (*before, *axes)
@@ -102,6 +112,33 @@ def _learn(
         known[one.kind] = _merged(point, known.get(one.kind), layout)
 
 
+def _keeps_order(
+    layouts: Mapping[Hashable, Layout],
+    point: TapPoint,
+    singles: Sequence[Probe],
+    mixed: Probe,
+    order: list[int],
+) -> bool:
+    """Whether the examples stand where the batch has them, and were not sorted, say, by length."""
+    calls = mixed.calls.get(point.name, [])
+    alone = [single.calls.get(point.name, []) for single in singles]
+    if any(len(one) != len(calls) for one in alone):
+        return True  # not comparable
+    for place, call in enumerate(calls):
+        layout = layouts.get(call.kind)
+        if layout is None or any(one[place].kind != call.kind for one in alone):
+            continue
+        for index, axis in enumerate((*layout.inputs, *layout.outputs)):
+            leaves = [call.leaves[index], *(one[place].leaves[index] for one in alone)]
+            sketches = [leaf for leaf in leaves if isinstance(leaf, Sketch)]
+            if axis is None or axis.dim not in (0, 1) or len(sketches) != len(leaves):
+                continue
+            rows = [sketch.rows[axis.dim] for sketch in sketches]
+            if len(rows[0]) % len(order) == 0 and not in_order(rows[0], rows[1:], order):
+                return False
+    return True
+
+
 def _layout(
     point: TapPoint, one: Seen, two: Seen, sizes: Mapping[Any, set[int]], *, compare: bool
 ) -> Layout:
@@ -110,15 +147,15 @@ def _layout(
     for index, (a, b) in enumerate(zip(one.leaves, two.leaves, strict=True)):
         output = index >= len(one.inputs)
         axis = axis_of(a, b, compare=compare)
-        if axis is None and isinstance(a, Tensor) and output:
+        if axis is None and isinstance(a, Sketch) and output:
             axis = SHARED  # refused if a gradient arrives
-        elif axis is None and (isinstance(a, Tensor) or not output):
+        elif axis is None and (isinstance(a, Sketch) or not output):
             raise _without_axis(point)
         if axis == FOLDED:
             folds[index] = frozenset(_sources(a, sizes))
             if not folds[index]:
                 raise _without_axis(point)
-        found.append(axis if isinstance(a, Tensor) else None)
+        found.append(axis if isinstance(a, Sketch) else None)
     inputs, outputs = tuple(found[: len(one.inputs)]), tuple(found[len(one.inputs) :])
     layout = Layout(inputs, outputs, folds)
     if point.rule is not None:
@@ -153,10 +190,10 @@ def _merged(point: TapPoint, known: Layout | None, new: Layout) -> Layout:
     return Layout(tuple(both[:count]), tuple(both[count:]), folds)
 
 
-def _sources(leaf: Tensor, sizes: Mapping[Any, set[int]]) -> Iterator[tuple[int, Any]]:
+def _sources(leaf: Sketch, sizes: Mapping[Any, set[int]]) -> Iterator[tuple[int, Any]]:
     """Which of the numbers of positions seen explain how many rows one example has."""
     product = 1
-    for axes in range(max(1, leaf.dim() - 1)):
+    for axes in range(max(1, len(leaf.shape) - 1)):
         product *= leaf.shape[axes]
         yield from ((axes + 1, source) for source, seen in sizes.items() if seen == {product})
 

@@ -7,19 +7,15 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_unflatten
 
 from hf_dp.engines.base import ExampleLoss
 from hf_dp.engines.coverage import NotTappableError, TapPoint
+from hf_dp.engines.sketch import Sketch
 from hf_dp.engines.tap import note_sizes
 from hf_dp.engines.whole_tap import Leaves, kind_of_call
 from hf_dp.layers.base import FOLDED, ROW, SHARED, UnitAxis, repeated
-
-_CLOSE = (
-    1e-2  # of the largest entry: rounding in any dtype; rows of another position differ by more
-)
 
 
 @dataclass
@@ -135,31 +131,23 @@ def _repeated(point: TapPoint, output: Any, one: Seen, two: Seen) -> Any:
 
 
 def _kept(leaves: Sequence[Any]) -> list[Any]:
-    """Tensors as they are now, since the model may go on to change them in place."""
-    return [
-        leaf.clone() if isinstance(leaf, Tensor) and _may_be_folded(leaf) else leaf
-        for leaf in leaves
-    ]
-
-
-def _may_be_folded(leaf: Tensor) -> bool:
-    return leaf.dim() > 0 and leaf.shape[0] > 1
+    return [Sketch.of(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
 
 def axis_of(one: Any, two: Any, *, compare: bool) -> UnitAxis | None:
     """Where a leaf has the examples, given alone and doubled; None if that does not show."""
-    if not isinstance(one, Tensor) or not isinstance(two, Tensor):
+    if not isinstance(one, Sketch) or not isinstance(two, Sketch):
         return SHARED if type(one) is type(two) and _equal(one, two) else None
-    if one.dim() != two.dim():
+    if len(one.shape) != len(two.shape):
         return None
     grown = [d for d, (a, b) in enumerate(zip(one.shape, two.shape, strict=True)) if a != b]
     if not grown:
-        return ROW if one.dim() > 0 and one.shape[0] == 1 else SHARED
+        return ROW if one.shape[:1] == (1,) else SHARED
     if len(grown) > 1 or two.shape[grown[0]] != 2 * one.shape[grown[0]]:
         return None
     if one.shape[grown[0]] == 1:
         return UnitAxis(grown[0])
-    return FOLDED if grown == [0] and compare and _twice_over(one, two) else None
+    return FOLDED if grown == [0] and compare and one.twice_over(two) else None
 
 
 def _equal(one: Any, two: Any) -> bool:
@@ -167,17 +155,6 @@ def _equal(one: Any, two: Any) -> bool:
         return bool(one is two or one == two)
     except Exception:  # foreign objects may compare in any way
         return False
-
-
-def _twice_over(one: Tensor, two: Tensor) -> bool:
-    """Whether `two` is `one` twice, one after the other, and not row by row."""
-    if not bool((one != one[:1]).any()):
-        return False  # rows that are all alike do not show their order
-    if not one.is_floating_point():
-        return torch.equal(torch.cat([one, one]), two)
-    finite = one[torch.isfinite(one)].abs()
-    scale = float(finite.max()) if len(finite) else 0.0
-    return torch.allclose(torch.cat([one, one]), two, rtol=0, atol=_CLOSE * scale, equal_nan=True)
 
 
 def sizes_of(inputs: Mapping[str, Any]) -> dict[Any, set[int]]:

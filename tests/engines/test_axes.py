@@ -71,6 +71,14 @@ class InWindows(Net):
         return self.second(torch.tanh(out).reshape(rows, length, width))
 
 
+class SortedByLength(Net):
+    """Examples are sorted on the way, as for packed sequences: the axis is right, the order is not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        order = (x.abs().sum(-1) > 0).sum(1).argsort(descending=True, stable=True)
+        return self.second(self.first(x[order])[order.argsort()])
+
+
 def generic_points(engine: BookKeepingEngine, model: nn.Module) -> list[str]:
     return [point.name for point in engine.recorder.coverage(model).points if point.rule is None]
 
@@ -84,6 +92,7 @@ def generic_points(engine: BookKeepingEngine, model: nn.Module) -> list[str]:
         (FoldedPositionsFirst, [""]),
         (WithoutPadding, [""]),
         (InChunks, ["second", ""]),
+        (SortedByLength, [""]),
     ],
 )
 def test_wherever_the_examples_are_the_sum_is_exact(kind: type[Net], climbed: list[str]) -> None:
@@ -194,9 +203,9 @@ def test_axes_are_established_once(monkeypatch: pytest.MonkeyPatch) -> None:
     book_kept(model.eval(), data(rows=1), counted, engine)
     assert calls == [1, 1, 1]
     book_kept(model, data(), counted, engine)
-    assert calls[3:] == [1, 2, 1, 2, 1, 2, 2, 2, 5]
+    assert calls[3:] == [1, 2, 1, 2, 1, 2, 3, 3, 2, 2, 5]
     book_kept(model, data(), counted, engine)
-    assert calls[12:] == [5]
+    assert calls[14:] == [5]
 
 
 def test_the_check_by_doubling_is_what_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,3 +225,16 @@ def test_the_check_by_doubling_is_what_refuses(monkeypatch: pytest.MonkeyPatch) 
     found = book_kept(PositionsFirst(), inputs)
     with pytest.raises(AssertionError):
         assert_same_sum(found, naive(PositionsFirst(), inputs, C, squares), 1e-3)
+
+
+def test_the_check_of_the_order_is_what_finds_sorted_examples(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Planted: nobody looks at the order. Then norms are one example's and shares another's."""
+    inputs = data(rows=4, positions=4)
+    for index in range(4):
+        inputs["x"][index, index + 1 :] = 0
+    monkeypatch.setattr("hf_dp.engines.axes.in_order", lambda *_: True)
+    found = book_kept(SortedByLength(), inputs)
+    with pytest.raises(AssertionError):
+        assert_same_sum(found, naive(SortedByLength(), inputs, C, squares), 1e-3)
