@@ -44,7 +44,7 @@ def row_blocks(positions: int) -> list[tuple[int, int]]:
     """Where each block of rows starts and stops; with n blocks, (n + 1) / 2n of the square is computed."""
     count = 1 if positions < 96 else 2 if positions < 192 else 4 if positions < 1024 else 8
     size = -(-positions // count)
-    return [(start, min(start + size, positions)) for start in range(0, positions, size)]
+    return [(start, min(start + size, positions)) for start in range(0, positions or 1, size or 1)]
 
 
 def squares_of_product(left: Tensor, right: Tensor) -> Squares:
@@ -136,7 +136,7 @@ def _buffer(left: Tensor) -> Blocks:
     units, positions = left.shape[:2]
     shapes = [(units, stop - start, positions - start) for start, stop in row_blocks(positions)]
     numbers = sum(units * rows * columns for _, rows, columns in shapes)
-    capacity = min(PAIRS, max(1, BUFFER // numbers))
+    capacity = min(PAIRS, max(1, BUFFER // max(1, numbers)))
     return [left.new_empty(capacity, *shape) for shape in shapes]
 
 

@@ -33,7 +33,7 @@ def test_blocks_cover_every_row_once(positions: int) -> None:
     assert computed <= (1.0 if positions < 96 else 0.77) * positions**2
 
 
-@pytest.mark.parametrize("positions", [1, 5, 96, 101, 199])
+@pytest.mark.parametrize("positions", [0, 1, 5, 96, 101, 199])
 def test_a_pair_s_squares_are_those_of_the_product(positions: int) -> None:
     left, right = numbers(UNITS, positions, 7, seed=0), numbers(UNITS, positions, 9, seed=1)
     squared, apart = truth(left, right)
@@ -55,6 +55,7 @@ def test_a_batch_gives_each_pair_its_own_squares(
         "k": (numbers(UNITS, 100, 5, seed=3), shared),
         "other": (numbers(UNITS, 100, 7, seed=4), numbers(UNITS, 100, 8, seed=5)),
         "pooler": (numbers(UNITS, 1, 7, seed=6), numbers(UNITS, 1, 8, seed=7)),
+        "empty": (numbers(UNITS, 0, 7, seed=8), numbers(UNITS, 0, 8, seed=9)),
         "longer": (numbers(UNITS, 200, 7, seed=8), numbers(UNITS, 200, 8, seed=9)),
         "v": (numbers(UNITS, 100, 7, seed=10), shared),
     }
