@@ -227,9 +227,7 @@ def test_p13_every_layer_of_a_llama_is_trained(tmp_path: Path) -> None:
     assert still == []
 
 
-def test_p13_a_layer_without_a_rule_is_never_skipped(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_p13_a_layer_without_a_rule_is_never_skipped(tmp_path: Path) -> None:
     class Scaled(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -244,7 +242,6 @@ def test_p13_a_layer_without_a_rule_is_never_skipped(
         tmp_path, model=model, host={"max_steps": 1}, dp={"expected_batch_size": 40}
     )
     trainer.train()
-    assert "one example at a time" in caplog.text
     assert not torch.equal(model.dropout.scale.detach(), torch.ones(16))
 
 
