@@ -16,7 +16,10 @@ from torch import Tensor, nn
 from hf_dp.clipping import FlatClipping, LossRelease
 from hf_dp.engines import engine_named
 from hf_dp.engines.preflight import TOLERANCE, preflight
-from hf_dp.errors import ConfigurationError
+from hf_dp.errors import ConfigurationError, UncoveredParameterError
+from hf_dp.layers import DEFAULT_LAYER_RULES
+from hf_dp.layers.factors import Vec
+from hf_dp.layers.linear import linear
 from hf_dp.ledger import LEDGER_NAME, read_ledger
 from hf_dp.training import mixin, rehearsal
 from hf_dp.training.choice import Choice, choose
@@ -190,3 +193,14 @@ def test_ordinary_models_pass_with_room_to_spare(name: str) -> None:
         loss_release=LossRelease(),
         tolerance=TOLERANCE / 20,
     )
+
+
+def test_a_wrong_layer_rule_stops_training_by_name(tmp_path: Path) -> None:
+    def half(m: Any, x: Tensor, g: Tensor, n: int) -> Any:
+        for parameter, factor in linear(m, x, g, n):
+            yield parameter, Vec(factor.dense().values / 2)
+
+    rules = {**DEFAULT_LAYER_RULES, nn.Linear: half}
+    with pytest.raises(UncoveredParameterError, match=r"^engine='auto', parameter .*='Linear'"):
+        trainer_for(tmp_path, layer_rules=rules).train()
+    assert read_ledger(tmp_path / LEDGER_NAME).num_releases == 0
