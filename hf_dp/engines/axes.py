@@ -23,6 +23,7 @@ from hf_dp.engines.probe import Probe, Seen, axis_of, doubled, mode_of, run_prob
 from hf_dp.engines.rows import batch_size, select_rows
 from hf_dp.engines.sketch import Sketch, in_order
 from hf_dp.layers.base import FIRST, FOLDED, ROW, SHARED, UnitAxis
+from hf_dp.layers.randomness import Randomness
 
 _PROBES = 3  # one example alone may by chance look as if it had the axis, say with a single token
 
@@ -56,12 +57,13 @@ def establish_axes(
     """
     axes: dict[str, dict[Hashable, Layout]] = {}
     doubts: dict[str, str] = {}
-    training = model.training
+    training, device = model.training, next(iter(coverage.parameters.values())).device
     for mode in (False, True) if training else (False,):
         missing = [p for p in coverage.points if p.method == "forward" and p.name not in axes]
         missing = [p for p in missing if p.name not in doubts]
         if not missing:
             break
+        before = Randomness.now(device)  # what draws without dropout too has no values to compare
         with mode_of(model, training=mode), torch.no_grad():
             singles: list[Probe] = []
             count = min(batch_size(inputs), probes)
@@ -75,15 +77,15 @@ def establish_axes(
                         _learn(point, single, double, axes, compare=not mode)
                     except _Doubts as doubt:
                         doubts.setdefault(point.name, str(doubt))
-            if not mode and count > 1:
+            if not mode and count > 1 and Randomness.now(device).same(before):
                 for order in (list(range(count)), list(range(count))[::-1]):
                     mixed = run_probe(model, select_rows(inputs, order), missing, example_loss)
                     for point in missing:
                         if not _keeps_order(axes.get(point.name, {}), point, singles, mixed, order):
                             doubts.setdefault(point.name, without_axis(point))
-    before = coverage.axes or {}  # of kinds of calls that these examples may not have made
+    known = coverage.axes or {}  # of kinds of calls that these examples may not have made
     coverage.axes = {
-        name: {**before.get(name, {}), **axes.get(name, {})} for name in (*before, *axes)
+        name: {**known.get(name, {}), **axes.get(name, {})} for name in (*known, *axes)
     }
     return [
         (p, doubts[p.name]) for p in coverage.points if p.method == "forward" and p.name in doubts

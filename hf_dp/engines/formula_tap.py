@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_dp.engines.coverage import Layout
+from hf_dp.engines.coverage import Layout, NotTappableError, takes_folded
 from hf_dp.engines.tap import PointTap, note_sizes
 from hf_dp.layers.base import FIRST, FOLDED, repeated
 
@@ -29,6 +29,13 @@ class FormulaTap(PointTap):
         units = self.record.num_units
         if units == 1:
             layout = _of_one(inputs, output)
+            if layout.inputs[0] == FOLDED and not takes_folded(self.point):
+                raise NotTappableError(
+                    self.point,
+                    f"{self.point.described} got a first axis of {inputs.shape[0]} for one example: "
+                    "expected 1. Its layer rule does not know what folded rows do to the gradient. "
+                    "Use engine='sequential', or freeze it.",
+                )
         else:
             known = self.layouts.get(None)
             if known is None:

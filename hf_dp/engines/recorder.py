@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hf_dp.engines.attach import recording
 from hf_dp.engines.base import ExampleLoss, checked_losses
-from hf_dp.engines.coverage import Coverage, NotTappableError, coverage_of, takes_folded
+from hf_dp.engines.coverage import Coverage, NotTappableError, coverage_of
 from hf_dp.engines.precision import full_precision
 from hf_dp.engines.rows import batch_size
 from hf_dp.engines.settle import check_folds, settle
@@ -149,17 +149,11 @@ class Pass:
     def _answers(self, call: Call) -> list[tuple[nn.Parameter, Factor]]:
         point = call.point
         if point.rule is None:
-            if point.generic is None:
-                raise ValueError("a tap point has a formula or the generic rule")
+            assert point.generic is not None
             return list(point.generic(whole_call(call, self._num_units)))
         inputs, [output_grads], axis = call.inputs[0], call.output_grads, call.context
-        if output_grads is None:
-            raise ValueError("a call without an output gradient is not handed on")
+        assert output_grads is not None  # calls without any are not handed on
         if axis != FIRST:
-            if axis.folded and not takes_folded(point):
-                raise NotTappableError(
-                    point, f"{point.described} got rows folded into its first axis."
-                )
             inputs, output_grads = (
                 axis.units_first(tensor, self._num_units) for tensor in (inputs, output_grads)
             )

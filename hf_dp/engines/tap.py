@@ -9,6 +9,7 @@ outside its tapped module shows in the graph.
 from __future__ import annotations
 
 import contextlib
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -167,7 +168,7 @@ class _Tap(torch.autograd.Function):
         return None, None, None, None, None, *grads, *(None,) * ctx.num_inputs
 
 
-class PointTap:
+class PointTap(ABC):
     """The hooks of one tap point, next to the module's forward: other people's hooks stay outside."""
 
     def __init__(self, record: Recording, point: TapPoint, coverage: Coverage) -> None:
@@ -198,9 +199,9 @@ class PointTap:
         self.set_requires_grad(True)
         return self.tapped(args, kwargs, output) if torch.is_grad_enabled() else output
 
+    @abstractmethod
     def tapped(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """The output with the tap behind it."""
-        raise NotImplementedError
 
     def set_requires_grad(self, value: bool) -> None:
         """Whether the point's parameters record gradients."""

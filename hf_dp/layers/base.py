@@ -46,8 +46,7 @@ class UnitAxis:
 
     def apart(self, tensor: Tensor, num_units: int) -> Tensor:
         """``(B, *shape)``, where ``shape`` is what the module is given for one unit alone."""
-        if self.dim is None:
-            raise ValueError("a tensor that serves all units has no axis of units")
+        assert self.dim is not None
         first = self.units_first(tensor, num_units)
         return first if self.folded or self.added else first.unsqueeze(self.dim + 1)
 

@@ -183,8 +183,7 @@ class WholeCall:
         Every unit is replaced by this one, so the shapes and hence the draws are those of the call,
         and nothing of another unit, say a NaN, comes near.
         """
-        if self.drawn is None:
-            raise ValueError("the call drew nothing")
+        assert self.drawn is not None
         before, after = self.drawn
         arguments = [
             self._repeated(leaf, axis) if isinstance(leaf, Tensor) else leaf
@@ -252,8 +251,7 @@ class WholeCall:
         return [wide(grad) for grad in found]
 
     def _stacked(self, tensor: Tensor | None, axis: UnitAxis) -> Tensor:
-        if tensor is None:
-            raise ValueError("an output without gradient has nothing to stack")
+        assert tensor is not None
         if self.num_units == 1:
             return tensor[None]
         return axis.apart(tensor, self.num_units)

@@ -85,7 +85,9 @@ _SOUND: dict[str, Any] = {
     "num_feat_extract_layers": 2,
     "classifier_proj_size": 8,
     "num_labels": CLASSES,
-    "mask_time_prob": 0.0,
+    "mask_time_prob": 0.5,  # in training; drawn by numpy
+    "mask_time_length": 2,
+    "mask_time_min_masks": 1,
 }
 
 Builder = Callable[[], nn.Module]

@@ -106,6 +106,19 @@ class Depthwise(Net):
         return super().forward(hidden.mT)
 
 
+class Frames(Net):
+    """A convolution over frames that are folded into the first axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(2, 2, 3, padding=1).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, frames, width = x.shape
+        out = self.conv(x.reshape(rows * frames, 2, width // 2))
+        return super().forward(torch.tanh(out).reshape(rows, frames, width))
+
+
 class DataDependent(Net):
     """Branches on what it holds, as routers of experts do."""
 
@@ -130,6 +143,7 @@ GENERIC = [
     InContainers,
     TiedToOutside,
     Depthwise,
+    Frames,
     DataDependent,
 ]
 

@@ -85,6 +85,17 @@ def test_adapters_with_dropout_keep_to_the_masks_of_the_pass(dora: bool) -> None
     assert forms_of(engine, model) == ({"one by one"} if dora else set())
 
 
+def test_masked_frames_of_speech_have_a_gradient_of_their_own() -> None:
+    """The masks come from numpy, and their embedding is a parameter of the encoder itself."""
+    model, inputs = build("wav2vec2", torch.float64, training=True), batch("wav2vec2")
+    seed_all()
+    inputs["input_values"] = inputs["input_values"].double()
+    found = BookKeepingEngine().clipped_sum(
+        model, inputs, example_loss=own_losses, clipping=FlatClipping(C)
+    )
+    assert float(found.grads["wav2vec2.masked_spec_embed"].norm()) > 0
+
+
 class Noisy(Net):
     """Draws from every generator there is, between uses of a parameter of its own."""
 
