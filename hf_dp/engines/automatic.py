@@ -70,15 +70,31 @@ class AutomaticEngine(GradientEngine):
         except UncoveredParameterError as reason:
             one_by_one = SequentialEngine()
             if not self._proved:
-                self.chosen = one_by_one
-                logger.warning(
-                    "hf_dp: one example at a time (engine='sequential'): exact, but as slow as training "
-                    "with batches of one. Reason: %s",
-                    reason,
-                )
+                self._take(one_by_one, str(reason))
             summed = summed_by(one_by_one)
+        if not self._proved and _runs_the_model_again(self.chosen, model):
+            self._take(
+                SequentialEngine(),
+                "parameters that only the whole model answers for, which cannot be vectorised",
+            )
         self._proved = True
         return summed
+
+    def _take(self, engine: SequentialEngine, reason: str) -> None:
+        self.chosen = engine
+        logger.warning(
+            "hf_dp: one example at a time (engine='sequential'): exact, but as slow as training "
+            "with batches of one. Reason: %s",
+            reason,
+        )
+
+
+def _runs_the_model_again(engine: GradientEngine, model: nn.Module) -> bool:
+    """Whether some parameter makes the whole model run again, example by example, in each backward."""
+    if not isinstance(engine, BookKeepingEngine | TwoPassEngine):
+        return False
+    whole = (p.generic for p in engine.recorder.coverage(model).points if not p.name)
+    return any(g is not None and g.forms & {"one by one", "recomputed"} for g in whole)
 
 
 def keeps_too_much(model: nn.Module) -> bool:

@@ -127,6 +127,27 @@ def test_what_a_later_example_brings_up_is_exact_and_not_told(
     assert caplog.messages == []
 
 
+class Whole(Net):
+    """Uses a weight outside its module, and looks at its numbers, which cannot be vectorised."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = 2.0 if bool((x > 1e9).any()) else 1.0
+        return self.second(self.first(x)) + scale * F.linear(x, self.first.weight)
+
+
+def test_where_only_the_whole_model_answers_one_by_one_no_detour_is_made(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    engine, model = AutomaticEngine(), Whole()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            found = chosen_sum(engine, model, data())
+            assert_same_sum(found, naive(model, data(), C, squares), 1e-12)
+    assert isinstance(engine.chosen, SequentialEngine)
+    assert "only the whole model answers for" in caplog.messages[0]
+    assert len(caplog.messages) == 1
+
+
 def test_the_first_batch_may_hold_one_example() -> None:
     engine, model = AutomaticEngine(), Net()
     for rows in (1, 4, 1):
