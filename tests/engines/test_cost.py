@@ -26,6 +26,7 @@ Loss = Callable[[nn.Module, Mapping[str, Any]], Tensor]
 BERT = Case("bert", 512, 128, 2)
 GPT2 = Case("gpt2", 512, 128, 2)
 DEEP = {
+    "gpt2": Case("gpt2", 64, 16, 2, layers=6),
     "llama": Case("llama", 64, 16, 2, layers=6),
     "bert LoRA": Case("bert", 64, 16, 2, layers=6, lora_rank=8),
 }
