@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from hf_dp.engines.explain import EngineReport
 
 
+_WIDE = 110  # columns of a terminal that has room for the module's type
+
+
 def explain(
     model: Annotated[
         str,
@@ -49,10 +52,12 @@ def _show(report: EngineReport) -> None:
     table = Table(
         title=f"engine {report.engine}{at}", title_justify="left", box=None, pad_edge=False
     )
-    for name in head:
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        table.add_row(*row)
     console = Console(highlight=False)
+    shown = [i for i, name in enumerate(head) if name != "module" or console.width >= _WIDE]
+    for name in (head[i] for i in shown):
+        named = name == "parameters"  # the only column that may be broken
+        table.add_column(name, overflow="fold", no_wrap=not named, min_width=16 if named else None)
+    for row in rows:
+        table.add_row(*(row[i] for i in shown))
     console.print(table)
     console.print(report.summary, soft_wrap=True)
