@@ -84,8 +84,10 @@ def announce(choice: Choice) -> None:
         )
     elif choice.alone:
         logger.warning(
-            "hf_dp: the loss depends on padding, so every example is collated by itself: exact, but as "
-            "slow as training with batches of one. Let the model use attention_mask for speed."
+            "hf_dp: on made-up examples the loss of one changes with its neighbours or their padding (or "
+            "it could not be tried), so every example is collated by itself: exact, but as slow as "
+            "training with batches of one. For speed let the model use attention_mask, and the collator "
+            "the model's padding token."
         )
 
 

@@ -382,7 +382,7 @@ def test_a_loss_that_depends_on_the_padding_is_taken_on_each_example_alone(
 
     trainer = trainer_for(tmp_path, example_loss=careless, dp={"engine": "sequential"})
     loader = trainer.get_train_dataloader()
-    assert "depends on padding" in caplog.text
+    assert "changes with its neighbours or their padding" in caplog.text
     assert all(len(m["labels"]) == 1 for batch in loader for m in batch.micro_batches)
     trainer.train()
 
@@ -420,7 +420,7 @@ def test_without_a_mask_every_example_is_collated_by_itself(
 
     trainer = trainer_for(tmp_path, data_collator=unmasked)
     trainer.train()
-    assert "depends on padding" in caplog.text
+    assert "changes with its neighbours or their padding" in caplog.text
     assert all(
         len(m["labels"]) == 1
         for batch in trainer.get_train_dataloader()
