@@ -54,12 +54,6 @@ class Shares:
             share.add_(factor.select(unit).dense().weighted_sum(weights[unit]))
         return share
 
-    def add(self, summed: Tensor, name: str, factor: Factor, weights: Tensor) -> None:
-        """Write the sum over units of ``weights[i] * gradient_i`` to `summed`, the parameter's shape."""
-        share = self.of(factor, weights)
-        checked_shape(name, share, summed.shape)
-        summed.copy_(share)
-
 
 def checked_shape(name: str, share: Tensor, shape: torch.Size) -> None:
     """Refuse a share of another shape than the parameter's: its norm is not that of the gradient."""

@@ -21,11 +21,12 @@ from hf_dp.engines.base import (
     empty_sum,
     gradient_clipping,
     released_losses,
+    trainable_parameters,
 )
 from hf_dp.engines.precision import full_precision
 from hf_dp.engines.recorder import Recorder
 from hf_dp.engines.rows import batch_size
-from hf_dp.engines.shares import Shares, cancelling
+from hf_dp.engines.shares import Shares, cancelling, checked_shape
 from hf_dp.layers.base import LayerRules
 from hf_dp.layers.factors import Factor, wide
 from hf_dp.layers.recognise import DEFAULT_LAYER_RULES
@@ -57,7 +58,8 @@ class TwoPassEngine(GradientEngine):
         if batch_size(inputs) == 0:
             return empty_sum(model, loss_release)
         policy = gradient_clipping(clipping, loss_release)
-        summed = empty_sum(model, None).grads
+        parameters = trainable_parameters(model)
+        found: dict[str, Tensor] = {}
         with self.recorder.forward(model, inputs, example_loss) as passed:
             norms = _Norms(passed.losses)
             passed.backward(norms.measure, again=True)
@@ -73,9 +75,14 @@ class TwoPassEngine(GradientEngine):
                 shares = Shares(dropped, apart)
 
             def add(name: str, factor: Factor) -> None:
-                shares.add(summed[name], name, factor, weights[name])
+                found[name] = shares.of(factor, weights[name])
+                checked_shape(name, found[name], parameters[name].shape)
 
             passed.backward(add)
+        summed = {
+            name: found[name] if name in found else torch.zeros_like(wide(parameter.detach()))
+            for name, parameter in parameters.items()
+        }
         return ClippedSum(
             grads=summed,
             norms=total.sqrt(),
