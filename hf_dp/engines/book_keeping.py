@@ -20,7 +20,6 @@ from hf_dp.engines.base import (
     empty_sum,
     gradient_clipping,
     released_losses,
-    trainable_parameters,
 )
 from hf_dp.engines.books import Books
 from hf_dp.engines.precision import full_precision
@@ -70,7 +69,7 @@ class BookKeepingEngine(GradientEngine):
                 total = norms.total()
                 dropped = ~torch.isfinite(total)
                 shares = Shares(dropped, units)
-            parameters = trainable_parameters(model)
+            parameters = passed.parameters
             shapes = {name: parameter.shape for name, parameter in parameters.items()}
             found = books.sums(policy.weights(norms.squared), shapes, shares)
             grads = {

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
@@ -39,7 +40,7 @@ class Layout:
     outputs: tuple[UnitAxis | None, ...]
     folds: Mapping[int, frozenset[tuple[int, Source]]] = field(default_factory=dict, hash=False)
 
-    @property
+    @cached_property
     def shared(self) -> bool:
         """Whether the call serves all units at once."""
         return all(axis is None or axis.dim is None for axis in self.inputs)

@@ -96,6 +96,7 @@ class Pass:
 
     Attributes:
         losses: One loss per unit, ``(B,)``, detached.
+        parameters: Name -> trainable parameter.
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class Pass:
     ) -> None:
         """Made by `Recorder.forward`."""
         self.losses = losses.detach()
+        self.parameters = coverage.parameters
         self._with_graph = losses
         self._coverage = coverage
         self._record = record

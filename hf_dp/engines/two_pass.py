@@ -21,7 +21,6 @@ from hf_dp.engines.base import (
     empty_sum,
     gradient_clipping,
     released_losses,
-    trainable_parameters,
 )
 from hf_dp.engines.precision import full_precision
 from hf_dp.engines.recorder import Recorder
@@ -58,9 +57,9 @@ class TwoPassEngine(GradientEngine):
         if batch_size(inputs) == 0:
             return empty_sum(model, loss_release)
         policy = gradient_clipping(clipping, loss_release)
-        parameters = trainable_parameters(model)
         found: dict[str, Tensor] = {}
         with self.recorder.forward(model, inputs, example_loss) as passed:
+            parameters = passed.parameters
             norms = _Norms(passed.losses)
             passed.backward(norms.measure, again=True)
             with full_precision(passed.losses.device):
