@@ -15,7 +15,7 @@ from hf_dp.engines.book_keeping import BookKeepingEngine
 from hf_dp.engines.rows import batch_size
 from hf_dp.engines.sequential import SequentialEngine
 from hf_dp.engines.two_pass import TwoPassEngine
-from hf_dp.errors import UncoveredParameterError
+from hf_dp.errors import HfDpError, UncoveredParameterError
 from hf_dp.layers.base import LayerRules
 from hf_dp.layers.recognise import DEFAULT_LAYER_RULES
 from hf_dp.sums import ClippedSum
@@ -41,6 +41,9 @@ class AutomaticEngine(GradientEngine):
         self.chosen: GradientEngine | None = None
         self._proved = False
 
+    def prepare(self, model: nn.Module) -> None:
+        self._chosen_for(model).prepare(model)
+
     def clipped_sum(
         self,
         model: nn.Module,
@@ -52,9 +55,7 @@ class AutomaticEngine(GradientEngine):
     ) -> ClippedSum:
         if batch_size(inputs) == 0:
             return empty_sum(model, loss_release)
-        if self.chosen is None:
-            vectorised = TwoPassEngine if keeps_too_much(model) else BookKeepingEngine
-            self.chosen = vectorised(self.layer_rules)
+        engine = self._chosen_for(model)
 
         def summed_by(engine: GradientEngine) -> ClippedSum:
             return engine.clipped_sum(
@@ -66,19 +67,29 @@ class AutomaticEngine(GradientEngine):
             )
 
         try:
-            summed = summed_by(self.chosen)
-        except UncoveredParameterError as reason:
+            summed = summed_by(engine)
+        except RuntimeError as reason:
+            if not isinstance(reason, UncoveredParameterError) and (
+                self._proved or isinstance(reason, HfDpError) or "memory" in str(reason)
+            ):
+                raise  # if foreign code failed for another reason, it will fail again
             one_by_one = SequentialEngine()
             if not self._proved:
                 self._take(one_by_one, str(reason))
             summed = summed_by(one_by_one)
-        if not self._proved and _runs_the_model_again(self.chosen, model):
+        if not self._proved and _runs_the_model_again(engine, model):
             self._take(
                 SequentialEngine(),
                 "parameters that only the whole model answers for, which cannot be vectorised",
             )
         self._proved = True
         return summed
+
+    def _chosen_for(self, model: nn.Module) -> GradientEngine:
+        if self.chosen is None:
+            vectorised = TwoPassEngine if keeps_too_much(model) else BookKeepingEngine
+            self.chosen = vectorised(self.layer_rules)
+        return self.chosen
 
     def _take(self, engine: SequentialEngine, reason: str) -> None:
         self.chosen = engine

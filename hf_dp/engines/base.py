@@ -24,6 +24,10 @@ class GradientEngine(ABC):
 
     name: ClassVar[str]
 
+    def prepare(self, model: nn.Module) -> None:
+        """Look `model` up as it is now, before somebody tries it without its dropout."""
+        return
+
     @abstractmethod
     def clipped_sum(
         self,

@@ -71,7 +71,7 @@ class FormulaTap(PointTap):
             ids = seen.pop()
             if not torch.is_grad_enabled():
                 return output
-            if output.shape[0] != 1:
+            if output.dim() != 4 or output.shape[0] != 1:
                 raise self.unseen()
             output = output.expand(self.record.num_units, *output.shape[1:])
             return self.record.through(self.point, FIRST, (output,), (ids,))[0]

@@ -64,6 +64,7 @@ def preflight(
         UncoveredParameterError: A parameter is not covered, or its gradient comes out wrong.
         PrivacyError: One example moves the sum by more than the sensitivity.
     """
+    engine.prepare(model)  # what is recognised must be what trains, dropout included
     with undisturbed(model):
         if draws(lambda: example_loss(model, alone[0])):
             evaluation_flags(model)  # layers drop out, or the like: alone and together would differ

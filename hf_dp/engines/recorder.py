@@ -20,7 +20,7 @@ from hf_dp.engines.tap import Call, Recording, UsedOutsideError
 from hf_dp.engines.whole_tap import whole_call
 from hf_dp.errors import UncoveredParameterError
 from hf_dp.layers.base import FIRST, LayerRules
-from hf_dp.layers.factors import Factor, combine
+from hf_dp.layers.factors import Factor, Vec, combine
 
 OnFactor = Callable[[str, Factor], None]
 """``on_factor(name, factor)`` takes the whole gradient of one parameter, for every unit."""
@@ -128,7 +128,7 @@ class Pass:
         def add(call: Call) -> None:
             with full_precision(self.losses.device):
                 for parameter, factor in self._answers(call):
-                    parts[self._names[id(parameter)]].append(factor)
+                    _take(parts[self._names[id(parameter)]], factor)
                 for parameter in call.point.parameters:
                     left[id(parameter)] -= 1
                     if left[id(parameter)] == 0:
@@ -170,6 +170,14 @@ class Pass:
             )
         # a parameter that a module further up answers for has left this one
         return [(p, factor) for p, factor in answers if id(p) in wanted]
+
+
+def _take(parts: list[Factor], factor: Factor) -> None:
+    """Add to what is there already; gradients written out at once, so that one of them is kept."""
+    if isinstance(factor, Vec) and parts and isinstance(parts[-1], Vec):
+        parts[-1] = combine([parts[-1], factor])
+    else:
+        parts.append(factor)
 
 
 def _used_again(name: str) -> UncoveredParameterError:

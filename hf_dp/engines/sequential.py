@@ -21,6 +21,7 @@ from hf_dp.engines.base import (
 )
 from hf_dp.engines.precision import full_precision
 from hf_dp.engines.rows import batch_size, row
+from hf_dp.errors import UncoveredParameterError
 from hf_dp.layers.factors import Vec, wide
 from hf_dp.sums import ClippedSum
 
@@ -82,8 +83,18 @@ def _one(
 
 def _gradients(loss: Tensor, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     found: tuple[Tensor | None, ...] = (None,) * len(parameters)
+    before = [parameter.grad for parameter in parameters.values()]
     if loss.requires_grad:
         found = torch.autograd.grad(loss.sum(), list(parameters.values()), allow_unused=True)
+    for (name, parameter), old in zip(parameters.items(), before, strict=True):
+        if parameter.grad is not old:
+            for other, own in zip(parameters.values(), before, strict=True):
+                other.grad = own
+            raise UncoveredParameterError(
+                f"parameter {name!r}: expected its gradient from the one backward pass. The model runs "
+                "another inside (reversible layers, reentrant checkpoints), which hands it on unclipped. "
+                "Use a model, or a setting, that does not."
+            )
     return {
         name: torch.zeros_like(wide(p.detach())) if grad is None else wide(grad)
         for (name, p), grad in zip(parameters.items(), found, strict=True)

@@ -63,6 +63,8 @@ def _sums(tensor: Tensor, axis: int) -> Tensor:
     """Sums over all axes but one, with weights that are different everywhere."""
     values = torch.nan_to_num(tensor.movedim(axis, 0).float(), nan=0.5, posinf=1.0, neginf=-1.0)
     values = values.clamp(-1e6, 1e6)  # masks hold the dtype's smallest number
+    if values.numel() == 0:
+        return values.new_zeros(len(values), _SUMS)
     if values.dim() == 1:
         return values[:, None].expand(-1, _SUMS)
     over_last = values.reshape(len(values), -1, values.shape[-1]) @ _weights(

@@ -45,6 +45,9 @@ class TwoPassEngine(GradientEngine):
         """Use `layer_rules` (module type -> rule); what they lack is recognised by computation."""
         self.recorder = Recorder(layer_rules)
 
+    def prepare(self, model: nn.Module) -> None:
+        self.recorder.coverage(model)
+
     def clipped_sum(
         self,
         model: nn.Module,

@@ -119,23 +119,43 @@ def _linear(module: nn.Module, x: Tensor) -> Tensor:
     return F.linear(x, module.get_parameter("weight"), module._parameters.get("bias"))
 
 
-@torch.no_grad()
 def _computes(module: nn.Module, formula: Formula, width: int) -> bool:
     """Whether `module` agrees with `formula` on random inputs, large and small, and random parameters.
 
-    A float64 copy is run; the tolerance leaves room for modules that compute in float32 inside. The
-    small inputs make a wrong eps visible.
+    Values and gradients are compared, in training and in evaluation mode, for inputs of two and of
+    three axes. A float64 copy is run; the tolerance leaves room for modules that compute in float32
+    inside. The small inputs make a wrong eps visible.
     """
     generator = torch.Generator().manual_seed(0)  # a public check: nothing private is involved
     x = torch.randn(2, 3, width, generator=generator, dtype=torch.float64)
     x = x * torch.logspace(-4, 1, 6, dtype=torch.float64).view(2, 3, 1)
     try:
-        twin = copy.deepcopy(module).cpu().double()
-        for parameter in twin.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator))
-        actual, expected = twin(x), formula(twin, x)
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            twin = copy.deepcopy(module).cpu().double().requires_grad_()
+            for parameter in twin.parameters():
+                parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
+            return all(
+                _agree(twin.train(training), formula, inputs)
+                for training in (True, False)
+                for inputs in (x, x.flatten(0, 1))
+            )
     except Exception:  # foreign code, tried on a guess: it may fail in any way
         return False
+
+
+def _agree(twin: nn.Module, formula: Formula, x: Tensor) -> bool:
+    actual, expected = twin(x), formula(twin, x)
     if not isinstance(actual, Tensor) or actual.shape != expected.shape:
         return False
-    return torch.allclose(actual.to(expected), expected, rtol=1e-4, atol=1e-7)
+    cotangent = torch.randn(x.shape[:-1], generator=torch.Generator().manual_seed(1)).double()
+    found = [actual, *_gradients(actual, cotangent, twin)]
+    wanted = [expected, *_gradients(expected, cotangent, twin)]
+    return all(
+        torch.allclose(one.to(other), other, rtol=1e-4, atol=1e-7)
+        for one, other in zip(found, wanted, strict=True)
+    )
+
+
+def _gradients(output: Tensor, cotangent: Tensor, twin: nn.Module) -> tuple[Tensor, ...]:
+    weighted = (output * cotangent[..., None].to(output)).sum()
+    return torch.autograd.grad(weighted, list(twin.parameters()))

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import copy
 import logging
+import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from hf_dp.engines.precision import full_precision
+from hf_dp.engines.rows import batch_size, select_rows
 from hf_dp.engines.undisturbed import draws, evaluation_flags, undisturbed
 from hf_dp.training.alone import ExampleLoss
 from hf_dp.training.losses import is_coarse
@@ -118,12 +121,35 @@ def _as_wide(value: Any, model: nn.Module) -> Any:
 
 
 def _differs(loss: ExampleLoss, model: nn.Module, rows: Mapping[str, Any]) -> bool:
-    """In evaluation mode, and in training mode if that draws nothing."""
-    modes = [False] if draws(lambda: _in_mode(loss, model, rows, training=True)) else [True, False]
+    """In evaluation mode, and in training mode; there with the same draws, if it draws at all."""
+    modes = [True, False]
+    if draws(lambda: _in_mode(loss, model, rows, training=True)):
+        if _neighbours_matter(loss, model, rows):
+            return True
+        modes = [False]
     for training in modes:
         together = _in_mode(loss, model, rows, training=training)
         single = [_in_mode(loss, model, one, training=training) for one in each_alone(rows)]
         if not torch.allclose(together, torch.cat(single), rtol=_TOLERANCE, atol=_TOLERANCE):
+            return True
+    return False
+
+
+def _neighbours_matter(loss: ExampleLoss, model: nn.Module, rows: Mapping[str, Any]) -> bool:
+    """Whether, with the same draws, an example's loss changes when all others become copies of it."""
+    count = batch_size(rows)
+
+    def drawn(inputs: Mapping[str, Any]) -> Tensor:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)  # public: so are the examples
+            random.seed(0)
+            np.random.seed(0)  # noqa: NPY002
+            return _in_mode(loss, model, inputs, training=True)
+
+    together = drawn(rows)
+    for index in range(count):
+        copies = drawn(select_rows(rows, [index] * count))
+        if not torch.allclose(together[index], copies[index], rtol=_TOLERANCE, atol=_TOLERANCE):
             return True
     return False
 

@@ -190,3 +190,20 @@ def test_an_unknown_engine_is_refused_with_the_nearest_name() -> None:
         engine_named("bookkeeping")
     with pytest.raises(HfDpError, match="Choose one of auto, book_keeping, sequential"):
         engine_named("ghost")
+
+
+def test_foreign_code_that_fails_under_taps_is_taken_one_by_one(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: Any, **kwargs: Any) -> ClippedSum:
+        raise RuntimeError(reason)
+
+    monkeypatch.setattr(BookKeepingEngine, "clipped_sum", fails)
+    engine, model, reason = AutomaticEngine(), Net(), "expanded size"
+    with caplog.at_level(logging.WARNING):
+        found = chosen_sum(engine, model, data())
+    assert_same_sum(found, naive(model, data(), C, squares), 1e-12)
+    assert "expanded size" in caplog.text
+    reason = "not enough memory"
+    with pytest.raises(RuntimeError, match=reason):
+        chosen_sum(AutomaticEngine(), model, data())

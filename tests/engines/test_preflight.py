@@ -459,3 +459,25 @@ def test_torch_is_put_back() -> None:
         fly(Reader(Centred()))
     after = [functions.dropout, functions.scaled_dot_product_attention, torch.dropout]
     assert all(a is b for a, b in zip(before, after, strict=True))
+
+
+class DropConnect(nn.Linear):
+    """A plain linear layer as long as nothing drops out."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = nn.functional.dropout(self.weight, 0.5, self.training)
+        return nn.functional.linear(x, weight, self.bias)
+
+
+def test_what_a_layer_is_taken_for_is_what_it_is_with_its_dropout(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, engine = Reader(DropConnect(8, 8)).train(), BookKeepingEngine()
+    fly(model, engine=engine)
+    [point] = [p for p in engine.recorder.coverage(model).points if p.module is model.between]
+    assert point.rule is None
+    monkeypatch.setattr(BookKeepingEngine, "prepare", lambda *_: None)
+    hasty = BookKeepingEngine()
+    fly(model, engine=hasty)
+    [point] = [p for p in hasty.recorder.coverage(model).points if p.module is model.between]
+    assert point.rule is not None, "without it the trial's own view would stay"

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from toy_nets import C, Net, data, squares
 
 from hf_dp.clipping import FlatClipping, LossRelease
-from hf_dp.engines import SequentialEngine
-from hf_dp.errors import ConfigurationError
+from hf_dp.engines import SequentialEngine, engine_named
+from hf_dp.errors import ConfigurationError, UncoveredParameterError
 from hf_dp.sums import ClippedSum
 
 
@@ -98,3 +98,44 @@ def test_a_loss_that_is_not_one_number_per_example_is_refused(loss: Any) -> None
 def test_a_model_that_trains_nothing_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="requires_grad=True"):
         one_by_one(Net().requires_grad_(False), data())
+
+
+class _Inner(torch.autograd.Function):
+    """Runs a backward pass of its own, as reversible layers do."""
+
+    @staticmethod
+    def forward(ctx: Any, layer: nn.Module, x: Tensor) -> Tensor:
+        ctx.layer, ctx.x = layer, x
+        with torch.no_grad():
+            return layer(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        with torch.enable_grad():
+            x = ctx.x.detach().requires_grad_()
+            ctx.layer(x).backward(grad)
+        return None, x.grad
+
+
+class Reversible(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(_Inner.apply(self.first, self.before(x)))
+
+
+def test_gradients_that_come_by_another_backward_are_refused_and_not_left_behind() -> None:
+    torch.manual_seed(0)
+    model = Reversible()
+    model.first.bias.grad = kept = torch.ones(3)
+    with pytest.raises(UncoveredParameterError, match=r"'first\.weight'.*one backward pass"):
+        engine_named("sequential").clipped_sum(
+            model,
+            {"x": torch.randn(2, 3)},
+            example_loss=lambda model, inputs: model(inputs["x"]).sum(1),
+            clipping=FlatClipping(1.0),
+        )
+    assert model.first.weight.grad is None
+    assert model.first.bias.grad is kept

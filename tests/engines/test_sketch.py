@@ -53,3 +53,8 @@ def test_a_sketch_is_small() -> None:
     assert sketch.shape == (2, 300, 400)
     assert sum(rows.numel() for rows in sketch.rows) == 4 * 302
     assert Sketch.of(torch.tensor(1.0)).rows == ()
+
+
+def test_a_call_without_rows_has_a_sketch() -> None:
+    assert Sketch.of(numbers(0, 8)) is not None
+    assert Sketch.of(numbers(2, 0, 8)) is not None

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import T5Config
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
@@ -219,3 +220,50 @@ def test_without_table_or_method_or_with_a_replaced_method_it_is_not() -> None:
     bare = nn.Module()
     bare.relative_attention_bias = nn.Embedding(3, 2)
     assert not is_relative_bias_owner(bare)
+
+
+class DropConnect(nn.Linear):
+    """Another weight at every call, in training mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, F.dropout(self.weight, 0.5, self.training), self.bias)
+
+
+class Gain(nn.Module):
+    """RMSNorm whose gradient is not what its value says."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(6))
+        self.eps, self.kind = 1e-6, kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight
+        if self.kind == "scaled":
+            weight = 0.5 * weight + 0.5 * weight.detach()
+        if self.kind == "detached":
+            weight = weight.detach()
+        if self.kind == "another path" and x.dim() == 2:
+            weight = 2 * weight
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * weight
+
+
+@pytest.mark.parametrize("kind", ["scaled", "detached", "another path"])
+def test_a_gradient_that_the_value_does_not_tell_is_noticed(kind: str) -> None:
+    assert recognise(Gain("plain")) is rms_norm
+    assert recognise(Gain(kind)) is None
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_what_is_plain_only_without_dropout_is_not_plain(training: bool) -> None:
+    module = DropConnect(6, 6).train(training)
+    assert recognise(module) is None
+    assert module.training is training
+
+
+def test_recognising_draws_nothing() -> None:
+    modules = [Gain("plain"), DropConnect(6, 6)]
+    before = torch.get_rng_state()
+    for module in modules:
+        recognise(module)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -150,3 +150,23 @@ def test_the_collators_padding_is_read_off_its_result() -> None:
     assert item == {"input_ids": [5, 6, 7], "label": 1}
     assert collators_padding(collate, {"text": "a b"}, "input_ids") is None
     assert collators_padding(lambda items: 1 / 0, item, "input_ids") is None
+
+
+class DropsPaths(Pooled):
+    """Draws in training mode by itself; with `coupled` it also takes the batch's mean off."""
+
+    def __init__(self, *, coupled: bool) -> None:
+        super().__init__(forgets=False)
+        self.coupled = coupled
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        logits = super().forward(input_ids, attention_mask)
+        if self.training:
+            logits = logits * (torch.rand(len(logits), 1) > 0.1)
+            logits = logits - logits.mean(0) if self.coupled else logits
+        return logits
+
+
+@pytest.mark.parametrize("coupled", [False, True])
+def test_neighbours_that_matter_in_training_only_are_found_under_equal_draws(coupled: bool) -> None:
+    assert matters(DropsPaths(coupled=coupled)) is coupled
