@@ -10,7 +10,13 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 from hf_dp.clipping.flat import FlatClipping
-from hf_dp.engines import ExampleLoss, engine_named
+from hf_dp.engines import (
+    AutomaticEngine,
+    ExampleLoss,
+    GradientEngine,
+    SequentialEngine,
+    engine_named,
+)
 from hf_dp.engines.rows import batch_size, row
 from hf_dp.layers import DEFAULT_LAYER_RULES, LayerRules
 from hf_dp.sums import ClippedSum
@@ -29,7 +35,7 @@ def clipped_sum(
     batch: Mapping[str, Any],
     *,
     clipping_norm: float,
-    engine: str = "auto",
+    engine: str | GradientEngine = "auto",
     example_loss: ExampleLoss | None = None,
     layer_rules: LayerRules = DEFAULT_LAYER_RULES,
 ) -> ClippedSum:
@@ -42,7 +48,9 @@ def clipped_sum(
         model: Trainable parameters are those with ``requires_grad``; its mode is left as it is.
         batch: What the model takes, labels included; tensors have the examples first, ``(B, ...)``.
         clipping_norm: Bound on each example's share, > 0.
-        engine: "book_keeping", "two_pass", "sequential", or "auto", which chooses and falls back.
+        engine: "book_keeping", "two_pass", "sequential", or "auto", which chooses and falls back. In a
+            loop pass one ``hf_dp.engines.engine_named("auto")`` to every call: an engine looks a new
+            model over by running it a few times, and remembers it.
         example_loss: ``(model, batch) -> (B,)`` losses, each from its own row alone. By default the
             loss that the model itself returns for the example alone.
         layer_rules: Module type -> rule.
@@ -57,26 +65,26 @@ def clipped_sum(
     """
     clipping = FlatClipping(clipping_norm)
     refuse_model(model)
+    chosen = engine_named(engine, layer_rules) if isinstance(engine, str) else engine
     if example_loss is None:
-        example_loss, engine = _default_loss(model, batch, engine)
-    return engine_named(engine, layer_rules).clipped_sum(
-        model, batch, example_loss=example_loss, clipping=clipping
-    )
+        example_loss, chosen = _default_loss(model, batch, chosen)
+    return chosen.clipped_sum(model, batch, example_loss=example_loss, clipping=clipping)
 
 
 def _default_loss(
-    model: nn.Module, batch: Mapping[str, Any], engine: str
-) -> tuple[ExampleLoss, str]:
-    if engine != "sequential" and batch_size(batch) > 0:
+    model: nn.Module, batch: Mapping[str, Any], engine: GradientEngine
+) -> tuple[ExampleLoss, GradientEngine]:
+    if not isinstance(engine, SequentialEngine) and batch_size(batch) > 0:
         choice = _choice(model, batch)
         if not choice.alone:
             return choice.example_loss, engine
-    if engine == "auto":
+    if isinstance(engine, AutomaticEngine):
         logger.warning(
             "hf_dp: no vectorised loss was found to be the model's own whatever the padding, so examples "
             "are taken one at a time. Pass example_loss for speed."
         )
-    return definition_loss(_own_loss), "sequential" if engine == "auto" else engine
+        engine = SequentialEngine()
+    return definition_loss(_own_loss), engine
 
 
 def _choice(model: nn.Module, batch: Mapping[str, Any]) -> Choice:

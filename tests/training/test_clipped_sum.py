@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hf_dp
+from hf_dp.engines import engine_named
 from hf_dp.errors import ConfigurationError
 
 ROWS = [Sentences()[index] for index in range(7)]
@@ -59,6 +60,21 @@ def test_it_equals_a_loop_over_the_examples(engine: str, double: bool) -> None:
     torch.testing.assert_close(result.norms.double(), norms.double(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(result.losses.double(), losses.double(), rtol=1e-5, atol=1e-6)
     assert distance(result.grads, loop(model, inputs, 0.81 * 0.99)[0]) > 1e-4, "the loop sees 1%"
+
+
+def test_an_engine_that_is_kept_looks_the_model_over_once() -> None:
+    model, inputs, engine = tiny_bert(), collate(ROWS), engine_named("auto")
+    passes: list[int] = []
+    model.bert.register_forward_pre_hook(lambda *_: passes.append(1))
+    expected = loop(tiny_bert(), inputs, 0.81)[0]
+    counts = []
+    for _ in range(3):
+        passes.clear()
+        result = hf_dp.clipped_sum(model, inputs, clipping_norm=0.81, engine=engine)
+        assert distance(result.grads, expected) < 1e-5
+        counts.append(len(passes))
+    assert counts[0] > 1
+    assert counts[1:] == [1, 1]
 
 
 def test_the_model_is_left_as_it_was() -> None:
