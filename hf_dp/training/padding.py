@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from hf_dp.engines.precision import full_precision
 from hf_dp.engines.rows import batch_size, select_rows
 from hf_dp.engines.undisturbed import draws, evaluation_flags, undisturbed
+from hf_dp.layers.randomness import kept_randomness
 from hf_dp.training.alone import ExampleLoss
 from hf_dp.training.losses import is_coarse
 from hf_dp.training.made_up import each_alone
@@ -140,7 +141,7 @@ def _neighbours_matter(loss: ExampleLoss, model: nn.Module, rows: Mapping[str, A
     count = batch_size(rows)
 
     def drawn(inputs: Mapping[str, Any]) -> Tensor:
-        with torch.random.fork_rng():
+        with kept_randomness(next(model.parameters()).device):
             torch.manual_seed(0)  # public: so are the examples
             random.seed(0)
             np.random.seed(0)  # noqa: NPY002

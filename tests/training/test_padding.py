@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers as tf
@@ -12,6 +14,7 @@ from loss_zoo import batch, build
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hf_dp.layers.randomness import Randomness
 from hf_dp.training.made_up import made_up_rows
 from hf_dp.training.padding import collators_padding, padding_matters
 
@@ -170,3 +173,16 @@ class DropsPaths(Pooled):
 @pytest.mark.parametrize("coupled", [False, True])
 def test_neighbours_that_matter_in_training_only_are_found_under_equal_draws(coupled: bool) -> None:
     assert matters(DropsPaths(coupled=coupled)) is coupled
+
+
+@pytest.mark.parametrize("coupled", [False, True])
+def test_no_generator_is_left_where_the_trial_put_it(coupled: bool) -> None:
+    """Seeds of the trial are public; what is drawn afterwards must not follow from them."""
+    device = torch.device("cpu")
+    random.seed(12)
+    np.random.seed(34)  # noqa: NPY002
+    before = Randomness.now(device)
+    matters(DropsPaths(coupled=coupled))
+    assert Randomness.now(device).python == before.python
+    assert np.array_equal(Randomness.now(device).numpy[1], before.numpy[1])
+    assert Randomness.now(device).numpy[2:] == before.numpy[2:]
