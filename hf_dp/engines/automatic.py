@@ -10,7 +10,7 @@ from torch import nn
 
 from hf_dp.clipping.base import ClippingPolicy
 from hf_dp.clipping.loss import LossRelease
-from hf_dp.engines.base import ExampleLoss, GradientEngine, empty_sum
+from hf_dp.engines.base import ExampleLoss, GradientEngine, empty_sum, is_out_of_memory
 from hf_dp.engines.book_keeping import BookKeepingEngine
 from hf_dp.engines.rows import batch_size
 from hf_dp.engines.sequential import SequentialEngine
@@ -70,7 +70,7 @@ class AutomaticEngine(GradientEngine):
             summed = summed_by(engine)
         except RuntimeError as reason:
             if not isinstance(reason, UncoveredParameterError) and (
-                self._proved or isinstance(reason, HfDpError) or "memory" in str(reason)
+                self._proved or isinstance(reason, HfDpError) or is_out_of_memory(reason)
             ):
                 raise  # if foreign code failed for another reason, it will fail again
             one_by_one = SequentialEngine()

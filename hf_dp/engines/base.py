@@ -18,6 +18,8 @@ from hf_dp.sums import ClippedSum
 ExampleLoss = Callable[[nn.Module, Mapping[str, Any]], Tensor]
 """``example_loss(model, inputs)`` gives one loss per example, ``(B,)``, each from its own row alone."""
 
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
+
 
 class GradientEngine(ABC):
     """Computes clipped sums. Engines agree with one another up to rounding."""
@@ -92,11 +94,28 @@ def checked_losses(losses: Tensor, num_units: int) -> Tensor:
 
 def empty_sum(model: nn.Module, loss_release: LossRelease | None) -> ClippedSum:
     """The clipped sum of no examples: zeros. An empty draw is still a release."""
-    parameters = trainable_parameters(model)
-    grads = {name: torch.zeros_like(wide(p.detach())) for name, p in parameters.items()}
+    grads = sums_of_all(trainable_parameters(model), {})
     none = next(iter(grads.values())).new_zeros(0)
     loss_sum = None if loss_release is None else none.sum()
     return ClippedSum(grads=grads, norms=none, losses=none, loss_sum=loss_sum)
+
+
+def sums_of_all(
+    parameters: Mapping[str, nn.Parameter], found: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The sums in the model's order; zeros, float32 or wider, for parameters that took no part."""
+    return {
+        name: found[name] if name in found else torch.zeros_like(wide(parameter.detach()))
+        for name, parameter in parameters.items()
+    }
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on whatever device."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(sign in text for sign in _OUT_OF_MEMORY)
 
 
 def gradient_clipping(clipping: ClippingPolicy, loss_release: LossRelease | None) -> ClippingPolicy:

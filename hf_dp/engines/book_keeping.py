@@ -20,6 +20,7 @@ from hf_dp.engines.base import (
     empty_sum,
     gradient_clipping,
     released_losses,
+    sums_of_all,
 )
 from hf_dp.engines.books import Books
 from hf_dp.engines.precision import full_precision
@@ -27,7 +28,6 @@ from hf_dp.engines.recorder import Recorder
 from hf_dp.engines.rows import batch_size
 from hf_dp.engines.shares import Shares, cancelling
 from hf_dp.layers.base import LayerRules
-from hf_dp.layers.factors import wide
 from hf_dp.layers.recognise import DEFAULT_LAYER_RULES
 from hf_dp.sums import ClippedSum
 
@@ -75,10 +75,7 @@ class BookKeepingEngine(GradientEngine):
             parameters = passed.parameters
             shapes = {name: parameter.shape for name, parameter in parameters.items()}
             found = books.sums(policy.weights(norms.squared), shapes, shares)
-            grads = {
-                name: found[name] if name in found else torch.zeros_like(wide(parameter.detach()))
-                for name, parameter in parameters.items()
-            }
+            grads = sums_of_all(parameters, found)
         return ClippedSum(
             grads=grads,
             norms=total.sqrt(),

@@ -64,9 +64,12 @@ def _gain(
 
 
 def epsilon_of(module: nn.Module, dtype: torch.dtype) -> float:
-    """What the module adds to the mean square, under one of its usual names."""
-    named = (getattr(module, name, None) for name in _EPSILON_NAMES)
-    return next((value for value in named if isinstance(value, float)), torch.finfo(dtype).eps)
+    """What the module adds to the mean square, under one of its usual names; None is torch's own."""
+    named = [getattr(module, name) for name in _EPSILON_NAMES if hasattr(module, name)]
+    return next(
+        (float(value) for value in named if isinstance(value, float | int)),
+        torch.finfo(dtype).eps if None in named else 0.0,
+    )
 
 
 def _over_positions(products: Tensor, num_units: int, shape: tuple[int, ...]) -> Tensor:

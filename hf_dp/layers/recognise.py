@@ -18,7 +18,7 @@ from hf_dp.layers.base import LayerRule, LayerRules
 from hf_dp.layers.conv import convolution, group_norm, is_plain_convolution
 from hf_dp.layers.embedding import embedding, is_plain_embedding
 from hf_dp.layers.linear import linear, transposed_linear
-from hf_dp.layers.norm import layer_norm, rms_norm, rms_norm_offset
+from hf_dp.layers.norm import epsilon_of, layer_norm, rms_norm, rms_norm_offset
 
 DEFAULT_LAYER_RULES: LayerRules = {
     nn.Linear: linear,
@@ -38,8 +38,6 @@ _CONDITIONS: Mapping[LayerRule, Callable[[nn.Module], bool]] = {
     embedding: is_plain_embedding,
     convolution: is_plain_convolution,
 }
-
-_EPSILON_NAMES = ("eps", "variance_epsilon", "epsilon")
 
 Formula = Callable[[nn.Module, Tensor], Tensor]
 
@@ -105,8 +103,7 @@ def _rms_one_plus_gain(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def _over_rms(module: nn.Module, x: Tensor) -> Tensor:
-    named = (getattr(module, name, None) for name in _EPSILON_NAMES)
-    eps = next((value for value in named if isinstance(value, float)), torch.finfo(x.dtype).eps)
+    eps = epsilon_of(module, x.dtype)
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 
 

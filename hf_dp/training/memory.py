@@ -14,13 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_dp.engines.base import is_out_of_memory
 from hf_dp.engines.rows import batch_size, select_rows
 from hf_dp.errors import ConfigurationError
 from hf_dp.sums import ClippedSum
 
 logger = logging.getLogger(__name__)
-
-_SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
 
 Batch = Mapping[str, Any]
 
@@ -94,14 +93,6 @@ def _attempt(sum_over: Callable[[Batch], ClippedSum], part: Batch) -> ClippedSum
                 "train fewer parameters (LoRA)."
             ) from error
     return None
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on whatever device."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(sign in text for sign in _SIGNS)
 
 
 def _elements(inputs: Batch) -> int:

@@ -267,3 +267,25 @@ def test_recognising_draws_nothing() -> None:
     for module in modules:
         recognise(module)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_norm_that_adds_nothing_is_not_given_an_epsilon(named: bool) -> None:
+    """Added in the rule, it would change the gradient where inputs are small."""
+
+    class Bare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(6))
+            if named:
+                self.eps = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * torch.rsqrt(x.square().mean(-1, keepdim=True)) * self.weight
+
+    module = Bare()
+    assert recognise(module) is rms_norm
+    x, g = 1e-4 * torch.randn(2, 3, 6), torch.randn(2, 3, 6)
+    [(_, factor)] = rms_norm(module, x, g, 2)
+    [expected] = torch.autograd.grad((module(x) * g).sum(), [module.weight])
+    torch.testing.assert_close(factor.dense().values.sum(0), expected, rtol=1e-5, atol=1e-6)
