@@ -21,13 +21,14 @@ from hf_dp.engines.base import (
     empty_sum,
     gradient_clipping,
     released_losses,
+    sums_of_all,
 )
 from hf_dp.engines.precision import full_precision
 from hf_dp.engines.recorder import Recorder
 from hf_dp.engines.rows import batch_size
 from hf_dp.engines.shares import Shares, cancelling, checked_shape
 from hf_dp.layers.base import LayerRules
-from hf_dp.layers.factors import Factor, wide
+from hf_dp.layers.factors import Factor, Mat, wide
 from hf_dp.layers.recognise import DEFAULT_LAYER_RULES
 from hf_dp.sums import ClippedSum
 
@@ -77,16 +78,13 @@ class TwoPassEngine(GradientEngine):
                 shares = Shares(dropped, apart)
 
             def add(name: str, factor: Factor) -> None:
-                found[name] = shares.of(factor, weights[name])
+                factor, shrunk = norms.no_longer(name, factor, weights[name])
+                found[name] = shares.of(factor, shrunk)
                 checked_shape(name, found[name], parameters[name].shape)
 
             passed.backward(add)
-        summed = {
-            name: found[name] if name in found else torch.zeros_like(wide(parameter.detach()))
-            for name, parameter in parameters.items()
-        }
         return ClippedSum(
-            grads=summed,
+            grads=sums_of_all(parameters, found),
             norms=total.sqrt(),
             losses=passed.losses,
             loss_sum=released_losses(passed.losses, dropped, clipping, loss_release),
@@ -111,6 +109,21 @@ class _Norms:
         """Norms of the units whose positions cancel, from their gradients written out."""
         for unit in self.apart:
             self.squared[name][unit] = factor.select(unit).dense().squared_norm()
+
+    def no_longer(self, name: str, factor: Factor, weights: Tensor) -> tuple[Factor, Tensor]:
+        """Factor and weights such that no share is longer than the norm it was weighted by.
+
+        A matrix product is made of what the one forward pass saved. Other factors may come from a
+        module that was run again, and may not have repeated itself.
+        """
+        if isinstance(factor, Mat):
+            return factor, weights
+        again = factor.squared_norm()
+        lost = ~torch.isfinite(again)
+        least = torch.finfo(again.dtype).tiny
+        ratio = (self.squared[name] / again.clamp_min(least)).clamp_max(1).sqrt()
+        ratio = torch.where(again > least, ratio, torch.ones_like(ratio)).masked_fill(lost, 0)
+        return (factor.without(lost) if bool(lost.any()) else factor), weights * ratio
 
     def total(self) -> Tensor:
         return torch.stack(list(self.squared.values())).sum(0)

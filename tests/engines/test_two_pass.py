@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hf_dp.clipping import FlatClipping
-from hf_dp.engines import engine_named
+from hf_dp.engines import engine_named, two_pass
 from hf_dp.errors import UncoveredParameterError
 from hf_dp.sums import ClippedSum
 
@@ -134,3 +134,35 @@ def test_a_use_in_the_backward_pass_alone_is_refused(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(recorder, "recording", forgetful)
     with pytest.raises(UncoveredParameterError, match="One came up in the backward pass only"):
         run()
+
+
+class Counting(nn.Module):
+    """A layer that is another one at every call: its gradient grows with each run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(4))
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x * self.gain.cos() * self.calls
+
+
+def from_the_first_call(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    model.calls = 0
+    return model(inputs["x"]).sum(1)
+
+
+@pytest.mark.parametrize("bounded", [True, False])
+def test_a_module_that_does_not_repeat_itself_adds_no_more_than_its_norm(
+    bounded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not bounded:
+        monkeypatch.setattr(two_pass._Norms, "no_longer", lambda _self, _name, *given: given)
+    inputs = {"x": torch.randn(1, 4, generator=torch.Generator().manual_seed(0))}
+    found = engine_named("two_pass").clipped_sum(
+        Counting(), inputs, example_loss=from_the_first_call, clipping=FlatClipping(0.01)
+    )
+    moved = float(found.grads["gain"].norm())
+    assert (moved <= 0.01 * (1 + 1e-6)) is bounded
