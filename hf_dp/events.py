@@ -2,8 +2,8 @@
 
 A mechanism and a sampler *emit* events, the ledger *stores* them, an accountant *reads* them; none of
 the three needs to know another. Rules of evolution: never remove an event, never change the meaning
-of a field, new fields are optional. The names follow dp-accounting's ``DpEvent``s, to which every
-event here can be converted, so that a ledger can be replayed there.
+of a field, new fields are optional. The names follow dp-accounting's ``DpEvent``s, to which those
+that it has can be converted (``hf_dp.accounting.as_dp_event``), so that a ledger can be replayed there.
 """
 
 from __future__ import annotations
@@ -18,6 +18,10 @@ from hf_dp._validate import positive, positive_integer, probability
 from hf_dp.errors import ConfigurationError, explain
 
 PrivacyUnit = Literal["example", "user"]
+
+_WHY_NUM_UNITS = "It is public, and part of who is drawn."
+_WHY_PASS = "It is how many batches a pass over the data has."
+_REMEDY_PASS = "Use num_examples / expected_batch_size, rounded."
 
 
 class NeighboringRelation(StrEnum):
@@ -67,6 +71,124 @@ class PoissonSampled(PrivacyEvent):
 
 
 @dataclass(frozen=True)
+class TruncatedPoissonSampled(PrivacyEvent):
+    """`event` applied to a Poisson sample of `num_units` units, of which at most so many are kept.
+
+    A larger sample is cut to a uniformly random subset of `max_batch_size` units, so a unit that comes
+    in can push another one out. Neighbours have the same number of units (REPLACE_SPECIAL).
+    """
+
+    num_units: int
+    sampling_probability: float
+    max_batch_size: int
+    event: PrivacyEvent
+
+    def __post_init__(self) -> None:
+        owner = type(self).__name__
+        positive_integer(
+            f"{owner}.num_units", self.num_units, _WHY_NUM_UNITS, "Use the number of examples."
+        )
+        probability(
+            f"{owner}.sampling_probability",
+            self.sampling_probability,
+            "It is the chance that a unit is in the batch before it is cut.",
+            "Use expected_batch_size / num_examples.",
+        )
+        positive_integer(
+            f"{owner}.max_batch_size",
+            self.max_batch_size,
+            "A batch that may hold nobody learns nothing.",
+            "Use expected_batch_size + 10 * sqrt(expected_batch_size), which is almost never reached.",
+        )
+
+
+@dataclass(frozen=True)
+class SampledWithoutReplacement(PrivacyEvent):
+    """`event` applied to exactly `batch_size` of `num_units` units, every such batch equally likely.
+
+    A unit that is left out leaves its place to another one, so one unit moves the sum by twice the
+    clipping norm. Noise in `event` is relative to the clipping norm, as everywhere; the factor two is
+    the accountant's business. Neighbours differ in one unit's data (REPLACE_ONE).
+    """
+
+    num_units: int
+    batch_size: int
+    event: PrivacyEvent
+
+    def __post_init__(self) -> None:
+        owner = type(self).__name__
+        positive_integer(
+            f"{owner}.num_units", self.num_units, _WHY_NUM_UNITS, "Use the number of examples."
+        )
+        positive_integer(
+            f"{owner}.batch_size", self.batch_size, "It is drawn exactly.", "Use at least 1."
+        )
+        if self.batch_size > self.num_units:
+            raise ConfigurationError(
+                explain(
+                    f"{owner}.batch_size",
+                    self.batch_size,
+                    f"at most num_units ({self.num_units})",
+                    "Without replacement no unit is in a batch twice.",
+                    "Lower it.",
+                )
+            )
+
+
+@dataclass(frozen=True)
+class Shuffled(PrivacyEvent):
+    """A whole pass: each unit is in exactly one of `num_batches` batches; `event` applied to each.
+
+    Who is in which batch may be known, or chosen, by anybody: nothing is gained by the shuffling.
+    Neighbours have the same number of units (REPLACE_SPECIAL), as the batches are cut by counting.
+    """
+
+    num_batches: int
+    event: PrivacyEvent
+
+    def __post_init__(self) -> None:
+        positive_integer("Shuffled.num_batches", self.num_batches, _WHY_PASS, _REMEDY_PASS)
+
+
+@dataclass(frozen=True)
+class BallsInBins(PrivacyEvent):
+    """A whole pass: each unit is in exactly one of `num_batches` batches; `event` applied to each.
+
+    Every unit's batch is drawn uniformly, independently of the others, anew in every pass, and in
+    secret.
+    """
+
+    num_batches: int
+    event: PrivacyEvent
+
+    def __post_init__(self) -> None:
+        positive_integer("BallsInBins.num_batches", self.num_batches, _WHY_PASS, _REMEDY_PASS)
+
+
+@dataclass(frozen=True)
+class Continued(PrivacyEvent):
+    """A further batch of a pass, whose whole `event` was written down when the pass began.
+
+    So it adds nothing; but more of these than the passes that were begun have room for count as
+    further passes.
+    """
+
+    event: PrivacyEvent
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.event, Shuffled | BallsInBins) or self.event.num_batches == 1:
+            raise ConfigurationError(
+                explain(
+                    "Continued.event",
+                    self.event,
+                    "a pass of several batches: Shuffled or BallsInBins",
+                    "Of any other event every batch costs as much as the first.",
+                    "Record the event itself.",
+                )
+            )
+
+
+@dataclass(frozen=True)
 class SelfComposed(PrivacyEvent):
     """`event`, `count` times in a row, each with fresh randomness."""
 
@@ -94,7 +216,19 @@ class NonPrivate(PrivacyEvent):
 
 
 EVENT_TYPES: Mapping[str, type[PrivacyEvent]] = {
-    cls.__name__: cls for cls in (Gaussian, PoissonSampled, SelfComposed, Composed, NonPrivate)
+    cls.__name__: cls
+    for cls in (
+        Gaussian,
+        PoissonSampled,
+        TruncatedPoissonSampled,
+        SampledWithoutReplacement,
+        Shuffled,
+        BallsInBins,
+        Continued,
+        SelfComposed,
+        Composed,
+        NonPrivate,
+    )
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,13 +13,18 @@ import pytest
 from hf_dp.errors import ConfigurationError
 from hf_dp.events import (
     EVENT_TYPES,
+    BallsInBins,
     Composed,
+    Continued,
     Gaussian,
     NeighboringRelation,
     NonPrivate,
     PoissonSampled,
     PrivacyEvent,
+    SampledWithoutReplacement,
     SelfComposed,
+    Shuffled,
+    TruncatedPoissonSampled,
     from_json,
     to_json,
 )
@@ -30,7 +36,17 @@ NESTED = Composed(
         NonPrivate("fixed generator"),
     )
 )
-ALL = [Gaussian(0.5), PoissonSampled(1.0, Gaussian(1)), SelfComposed(Gaussian(1), 3), NESTED]
+ALL = [
+    Gaussian(0.5),
+    PoissonSampled(1.0, Gaussian(1)),
+    TruncatedPoissonSampled(100, 0.1, 20, Gaussian(1)),
+    SampledWithoutReplacement(100, 10, Gaussian(1)),
+    Shuffled(10, Gaussian(1)),
+    BallsInBins(10, Gaussian(1)),
+    Continued(Shuffled(2, Gaussian(1))),
+    SelfComposed(Gaussian(1), 3),
+    NESTED,
+]
 
 
 @pytest.mark.parametrize("event", ALL, ids=lambda event: type(event).__name__)
@@ -132,3 +148,54 @@ def test_relations_have_the_names_of_dp_accounting() -> None:
 
     for relation in NeighboringRelation:
         assert hasattr(Theirs, relation.name)
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.5, True, None])
+@pytest.mark.parametrize(
+    ("make", "field"),
+    [
+        (lambda n: Shuffled(n, Gaussian(1)), r"Shuffled\.num_batches"),
+        (lambda n: BallsInBins(n, Gaussian(1)), r"BallsInBins\.num_batches"),
+        (
+            lambda n: SampledWithoutReplacement(n, 1, Gaussian(1)),
+            r"SampledWithoutReplacement\.num_units",
+        ),
+        (
+            lambda n: SampledWithoutReplacement(9, n, Gaussian(1)),
+            r"SampledWithoutReplacement\.batch_size",
+        ),
+        (
+            lambda n: TruncatedPoissonSampled(n, 0.1, 5, Gaussian(1)),
+            r"TruncatedPoissonSampled\.num_units",
+        ),
+        (
+            lambda n: TruncatedPoissonSampled(9, 0.1, n, Gaussian(1)),
+            r"TruncatedPoissonSampled\.max_batch_size",
+        ),
+    ],
+)
+def test_units_and_batches_are_counted_in_whole_numbers(
+    make: Callable[[Any], PrivacyEvent], field: str, value: Any
+) -> None:
+    with pytest.raises(ConfigurationError, match=rf"{field}=.*whole number > 0"):
+        make(value)
+
+
+def test_a_cut_sample_has_a_probability_too() -> None:
+    with pytest.raises(ConfigurationError, match=r"TruncatedPoissonSampled\.sampling_probability"):
+        TruncatedPoissonSampled(10, 1.5, 5, Gaussian(1))
+
+
+def test_no_batch_without_replacement_is_larger_than_the_data() -> None:
+    with pytest.raises(
+        ConfigurationError, match=r"batch_size=11: expected at most num_units \(10\)"
+    ):
+        SampledWithoutReplacement(10, 11, Gaussian(1))
+
+
+@pytest.mark.parametrize(
+    "event", [Gaussian(1), PoissonSampled(0.1, Gaussian(1)), Shuffled(1, Gaussian(1)), None]
+)
+def test_only_a_pass_can_be_continued(event: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"Continued\.event=.*a pass of several batches"):
+        Continued(event)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import ClassVar, Protocol, Self, TypeVar
 
@@ -12,22 +12,34 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_dp._validate import one_of, open_unit_interval, positive_integer
+from hf_dp.accounting._leaves import (
+    Leaves,
+    flatten,
+    gaussian_parameters,
+    is_gaussian,
+    relations_of,
+)
 from hf_dp.accounting.calibrate import smallest_noise
 from hf_dp.accounting.curve import EpsilonCurve
 from hf_dp.errors import PrivacyError, UnsupportedEventError, explain
 from hf_dp.events import (
-    Composed,
-    Gaussian,
     NeighboringRelation,
     NonPrivate,
-    PoissonSampled,
     PrivacyEvent,
     PrivacyUnit,
     SelfComposed,
 )
 
-Leaves = Mapping[PrivacyEvent, int]
-"""Releases that are not compositions, each with how often it was made."""
+__all__ = [
+    "Accountant",
+    "Calibratable",
+    "Guarantee",
+    "Leaves",
+    "StepBounds",
+    "flatten",
+    "gaussian_parameters",
+    "is_gaussian",
+]
 
 StepBounds = Callable[[int, int], NDArray[np.float64]]
 """``bounds(first, last)``: upper bounds on epsilon after first, ..., last releases, ``(n,)``."""
@@ -96,50 +108,6 @@ class Calibratable(Protocol):
 Plan = TypeVar("Plan", bound=Calibratable)
 
 
-def flatten(event: PrivacyEvent | Iterable[PrivacyEvent]) -> dict[PrivacyEvent, int]:
-    """Undo every composition: what was released, and how often.
-
-    The only place where counts are multiplied, so that no accountant can forget one. A Poisson
-    sample with probability 1 is the whole dataset, so it counts as the event inside.
-
-    Args:
-        event: One event, or several that were made one after another.
-
-    Returns:
-        Each distinct release that is not a composition, with its count; empty if nothing was
-        released.
-    """
-    counts: dict[PrivacyEvent, int] = {}
-    todo = [(item, 1) for item in ((event,) if isinstance(event, PrivacyEvent) else event)]
-    while todo:
-        item, count = todo.pop()
-        if type(item) is SelfComposed:
-            todo.append((item.event, count * item.count))
-        elif type(item) is Composed:
-            todo.extend((part, count) for part in item.events)
-        elif type(item) is PoissonSampled and item.sampling_probability == 1:
-            todo.append((item.event, count))
-        else:
-            counts[item] = counts.get(item, 0) + count
-    return counts
-
-
-def is_gaussian(leaf: PrivacyEvent) -> bool:
-    """Whether a release is Gaussian noise on a sum, over all units or over a Poisson sample."""
-    inner = leaf.event if type(leaf) is PoissonSampled else leaf
-    return type(inner) is Gaussian
-
-
-def gaussian_parameters(leaf: PrivacyEvent) -> tuple[float, float]:
-    """Sampling probability (1 without sampling) and noise multiplier of a release that `is_gaussian`."""
-    probability, inner = 1.0, leaf
-    if isinstance(leaf, PoissonSampled):
-        probability, inner = leaf.sampling_probability, leaf.event
-    if not isinstance(inner, Gaussian):
-        raise TypeError(f"{leaf!r} is not Gaussian; ask `is_gaussian` first")
-    return probability, inner.noise_multiplier
-
-
 class Accountant(ABC):
     """Computes what a sequence of releases guarantees. Stateless: the ledger is the only memory.
 
@@ -176,7 +144,10 @@ class Accountant(ABC):
         relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE,
     ) -> bool:
         """Whether `guarantee` would answer rather than refuse."""
-        supported = (type(leaf) is NonPrivate or self.supports(leaf) for leaf in flatten(event))
+        supported = (
+            relation in relations_of(leaf) and (type(leaf) is NonPrivate or self.supports(leaf))
+            for leaf in flatten(event)
+        )
         return relation in self.relations and all(supported)
 
     def guarantee(
@@ -320,6 +291,13 @@ class Accountant(ABC):
                 why = "What cannot be bounded must not be counted as nothing."
                 remedy = _remedy([leaf], relation)
                 raise UnsupportedEventError(explain(f"{owner}.event", leaf, expected, why, remedy))
+            if relation not in relations_of(leaf):
+                expected = f"neighbours by {sorted(map(str, relations_of(leaf)))} for {leaf!r}"
+                why = "Other neighbours move what this sampler releases by more than it was sized for."
+                remedy = "Ask for one of those relations, or choose another sampler."
+                raise UnsupportedEventError(
+                    explain(f"{owner}.relation", str(relation), expected, why, remedy)
+                )
         return leaves
 
 

@@ -1,0 +1,105 @@
+"""Releases that are not compositions: how often each was made, and which claims it can carry."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TypeGuard
+
+from hf_dp.events import (
+    BallsInBins,
+    Composed,
+    Continued,
+    Gaussian,
+    NeighboringRelation,
+    NonPrivate,
+    PoissonSampled,
+    PrivacyEvent,
+    SampledWithoutReplacement,
+    SelfComposed,
+    Shuffled,
+    TruncatedPoissonSampled,
+)
+
+Leaves = Mapping[PrivacyEvent, int]
+"""Releases that are not compositions, each with how often it was made."""
+
+_PRESENT_OR_NOT = frozenset(
+    {NeighboringRelation.ADD_OR_REMOVE_ONE, NeighboringRelation.REPLACE_SPECIAL}
+)
+_RELATIONS: Mapping[type[PrivacyEvent], frozenset[NeighboringRelation]] = {
+    NonPrivate: frozenset(NeighboringRelation),
+    Shuffled: frozenset({NeighboringRelation.REPLACE_SPECIAL}),
+    TruncatedPoissonSampled: frozenset({NeighboringRelation.REPLACE_SPECIAL}),
+    SampledWithoutReplacement: frozenset({NeighboringRelation.REPLACE_ONE}),
+}
+
+
+def relations_of(leaf: PrivacyEvent) -> frozenset[NeighboringRelation]:
+    """The relations under which a release has one meaning and one cost.
+
+    Where batches depend on the number of units, adding one changes who else is drawn; where a unit that
+    leaves makes room for another, it moves the sum by twice the clipping norm.
+    """
+    return _RELATIONS.get(type(leaf), _PRESENT_OR_NOT)
+
+
+def flatten(event: PrivacyEvent | Iterable[PrivacyEvent]) -> dict[PrivacyEvent, int]:
+    """Undo every composition: what was released, and how often.
+
+    The only place where counts are multiplied, so that no accountant can forget one. A Poisson
+    sample with probability 1 is the whole dataset, so it counts as the event inside, as does a pass
+    whose balls all fall in one bin. Batches that continue a pass add nothing, as long as there is
+    room for them in the passes that were begun.
+
+    Args:
+        event: One event, or several that were made one after another.
+
+    Returns:
+        Each distinct release that is not a composition, with its count; empty if nothing was
+        released.
+    """
+    counts: dict[PrivacyEvent, int] = {}
+    continued: dict[PrivacyEvent, int] = {}
+    todo = [(item, 1) for item in ((event,) if isinstance(event, PrivacyEvent) else event)]
+    while todo:
+        item, count = todo.pop()
+        if type(item) is SelfComposed:
+            todo.append((item.event, count * item.count))
+        elif type(item) is Composed:
+            todo.extend((part, count) for part in item.events)
+        elif type(item) is Continued:
+            continued[item.event] = continued.get(item.event, 0) + count
+        elif _holds_everybody(item):
+            todo.append((item.event, count))
+        else:
+            counts[item] = counts.get(item, 0) + count
+    for begun, further in continued.items():
+        assert isinstance(begun, Shuffled | BallsInBins)  # Continued holds nothing else
+        passes = counts.get(begun, 0)
+        counts[begun] = max(passes, -(-(passes + further) // begun.num_batches))
+    return counts
+
+
+def _holds_everybody(item: PrivacyEvent) -> TypeGuard[PoissonSampled | BallsInBins]:
+    """Whether what looks sampled is applied to all units."""
+    if type(item) is PoissonSampled:
+        return item.sampling_probability == 1
+    return type(item) is BallsInBins and item.num_batches == 1
+
+
+def is_gaussian(leaf: PrivacyEvent) -> bool:
+    """Whether a release is Gaussian noise on a sum, over all units, one pass or a Poisson sample."""
+    inner = leaf.event if isinstance(leaf, PoissonSampled | Shuffled) else leaf
+    return type(inner) is Gaussian
+
+
+def gaussian_parameters(leaf: PrivacyEvent) -> tuple[float, float]:
+    """Sampling probability (1 without sampling) and noise multiplier of a release that `is_gaussian`."""
+    probability, inner = 1.0, leaf
+    if isinstance(leaf, PoissonSampled):
+        probability, inner = leaf.sampling_probability, leaf.event
+    elif isinstance(leaf, Shuffled):  # the one batch that holds the unit; the others cost nothing
+        inner = leaf.event
+    if not isinstance(inner, Gaussian):
+        raise TypeError(f"{leaf!r} is not Gaussian; ask `is_gaussian` first")
+    return probability, inner.noise_multiplier
