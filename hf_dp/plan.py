@@ -16,6 +16,7 @@ from hf_dp.clipping.loss import LossRelease
 from hf_dp.errors import ConfigurationError, explain
 from hf_dp.events import (
     Composed,
+    Continued,
     NeighboringRelation,
     PrivacyEvent,
     PrivacyUnit,
@@ -94,15 +95,43 @@ class PrivacyPlan:
         return self.sampler.relation
 
     @property
+    def pass_length(self) -> int:
+        """Steps whose batches are drawn together and accounted for as one; 1 with most samplers."""
+        return self.sampler.pass_length
+
+    @property
     def step_event(self) -> PrivacyEvent:
-        """What one step releases."""
-        release = self.sampler.event(self.noise.event())
+        """What one step releases; where steps share a pass, all of it, written down at its first step."""
+        return self._with_extra(self.sampler.event(self.noise.event()))
+
+    @property
+    def later_event(self) -> PrivacyEvent:
+        """What is written down at the other steps of a pass; `step_event` where each step is a pass."""
+        if self.pass_length == 1:
+            return self.step_event
+        return self._with_extra(Continued(self.sampler.event(self.noise.event())))
+
+    @property
+    def pass_event(self) -> PrivacyEvent:
+        """What all steps of one pass release."""
         extra = self.clipping.event()
-        return release if extra is None else Composed((extra, release))
+        if extra is None or self.pass_length == 1:
+            return self.step_event
+        whole = self.sampler.event(self.noise.event())
+        return Composed((SelfComposed(extra, self.pass_length), whole))
+
+    @property
+    def num_passes(self) -> int:
+        """Passes that the planned steps begin; one that is not finished counts whole."""
+        return -(-self.num_steps // self.pass_length)
 
     def event(self) -> PrivacyEvent:
         """What the whole planned run releases."""
-        return SelfComposed(self.step_event, self.num_steps)
+        return SelfComposed(self.pass_event, self.num_passes)
+
+    def _with_extra(self, release: PrivacyEvent) -> PrivacyEvent:
+        extra = self.clipping.event()
+        return release if extra is None else Composed((extra, release))
 
     def with_noise_multiplier(self, noise_multiplier: float) -> PrivacyPlan:
         """The same plan with other noise of the same kind."""

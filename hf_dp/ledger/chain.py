@@ -141,7 +141,7 @@ class _Reader:
 
     def _assumed_event(self) -> Mapping[str, Any]:
         if self._event_fields is not None:
-            return self._event_fields
+            return _as_begun(self._event_fields)
         unknown = NonPrivate("the first release was torn and the header has no step_event")
         return self.header.get("step_event") or to_json(unknown)
 
@@ -202,3 +202,13 @@ class _Reader:
                 "Read this ledger with the version of hf_dp that wrote it.",
             )
         )
+
+
+def _as_begun(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The event of a whole pass in place of the event that only continues it: the dearer of the two."""
+    if fields.get("type") == "Continued":
+        begun: Mapping[str, Any] = fields["event"]
+        return begun
+    if fields.get("type") == "Composed":
+        return {**fields, "events": [_as_begun(part) for part in fields["events"]]}
+    return fields

@@ -13,7 +13,7 @@ from hf_dp.accounting import accountant_named
 from hf_dp.accounting.base import Guarantee
 from hf_dp.accounting.shown import rounded_up
 from hf_dp.errors import LedgerError
-from hf_dp.events import NeighboringRelation
+from hf_dp.events import NeighboringRelation, from_json
 from hf_dp.ledger import LEDGER_NAME, LedgerRecord, read_ledger
 
 _RELATIONS = {
@@ -119,12 +119,32 @@ class PrivacyReport:
             )
         if self.torn:
             found.append("The last line of the ledger was cut short; it is counted as a release.")
-        if self.guarantee.relation is NeighboringRelation.REPLACE_SPECIAL:
+        if self._sampling == "Shuffled":
+            found.append(
+                "Batches are shuffled, from which privacy gains nothing: the guarantee is that of batches "
+                "in any fixed order, and a figure for Poisson sampling would not hold."
+            )
+        if self._holds_for_adding:
             found.append(
                 "The same epsilon holds for adding or removing one if batch size, steps and sampling "
                 "probability were fixed without looking at the number of examples."
             )
         return found
+
+    @property
+    def _sampling(self) -> str:
+        """What the sampler makes of a release: the name of its event."""
+        return str(self.header.get("step_event", {}).get("type"))
+
+    @property
+    def _holds_for_adding(self) -> bool:
+        """Whether the claim for a public number of units carries over to adding or removing one."""
+        if self.guarantee.relation is not NeighboringRelation.REPLACE_SPECIAL:
+            return False
+        claimed = accountant_named(self.guarantee.accountant)
+        return claimed.can_cost(
+            from_json(self.header["step_event"]), NeighboringRelation.ADD_OR_REMOVE_ONE
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The report as one strict JSON object; an infinite epsilon is null."""

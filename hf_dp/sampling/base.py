@@ -16,13 +16,19 @@ class BatchSampler(ABC):
     unit: ClassVar[PrivacyUnit]
     relation: ClassVar[NeighboringRelation]
 
+    @property
+    def pass_length(self) -> int:
+        """Batches that are drawn together and accounted for as one; 1 where each is drawn for itself."""
+        return 1
+
     @abstractmethod
     def batches(self, num_units: int, coins: Coins) -> Iterator[list[int]]:
         """Logical batches without end, each a list of unit indices in [0, num_units).
 
-        A batch may be empty; it is still a step and still a release.
+        A batch may be empty; it is still a step and still a release. The first `pass_length` batches
+        are a pass, the next ones another, and every call begins with a new one.
         """
 
     @abstractmethod
     def event(self, inner: PrivacyEvent) -> PrivacyEvent:
-        """What releasing `inner` becomes when its input is one of these batches."""
+        """What releasing `inner` on every batch of one pass becomes."""

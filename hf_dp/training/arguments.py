@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from hf_dp._validate import one_of, open_unit_interval, positive
+from hf_dp._validate import one_of, open_unit_interval, positive, positive_integer
 from hf_dp.accounting import ACCOUNTANTS, check_delta, default_delta
 from hf_dp.engines import ENGINES
 from hf_dp.errors import ConfigurationError, explain
 
 LEDGER_MODES = ("new", "continue")
 PRIVACY_UNITS = ("example",)
-SAMPLINGS = ("poisson",)
+SAMPLINGS = ("poisson", "truncated_poisson", "balls_in_bins", "shuffled", "fixed_size")
 
 
 @dataclass
@@ -60,7 +60,20 @@ class DPArguments:
         default="pld", metadata={"help": "Who computes epsilon: 'pld' (tight) or 'rdp'."}
     )
     sampling: str = field(
-        default="poisson", metadata={"help": "How logical batches are drawn: 'poisson'."}
+        default="poisson",
+        metadata={
+            "help": "How logical batches are drawn: 'poisson'; 'balls_in_bins' (each example once in every "
+            "pass, in a batch drawn for it alone); 'truncated_poisson' (at most max_batch_size); "
+            "'fixed_size' (one example then moves a sum by twice clipping_norm); or 'shuffled' (ordinary "
+            "passes, from which privacy gains nothing: far more noise)."
+        },
+    )
+    max_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Cap on a logical batch, with sampling='truncated_poisson' only. Default: the expected "
+            "batch size plus ten times its square root."
+        },
     )
     privacy_unit: str = field(
         default="example", metadata={"help": "Whose data is protected together: 'example'."}
@@ -187,13 +200,33 @@ class DPArguments:
                 "Losses are clipped to it before they are released.",
                 "Use about twice the loss of a model that guesses.",
             )
-
+        self._check_max_batch_size()
         if self.max_tokens_per_micro_batch is not None:
             positive(
                 "DPArguments.max_tokens_per_micro_batch",
                 self.max_tokens_per_micro_batch,
                 "It is how many tokens are in memory at once.",
                 "Use a few thousand, or None for per_device_train_batch_size examples.",
+            )
+
+    def _check_max_batch_size(self) -> None:
+        if self.max_batch_size is None:
+            return
+        positive_integer(
+            "DPArguments.max_batch_size",
+            self.max_batch_size,
+            "A larger draw is cut to it.",
+            "Use the expected batch size plus ten times its square root.",
+        )
+        if self.sampling != "truncated_poisson":
+            raise ConfigurationError(
+                explain(
+                    "DPArguments.max_batch_size",
+                    self.max_batch_size,
+                    f"None with sampling={self.sampling!r}",
+                    "Only sampling='truncated_poisson' has a cap, and it costs privacy there.",
+                    "Leave it out; max_tokens_per_micro_batch and per_device_train_batch_size bound memory.",
+                )
             )
 
     def _check_choices(self) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +17,29 @@ from hf_dp.sampling.base import BatchSampler
 
 Collator = Callable[[list[Any]], Any]
 
+_PASSES = itertools.count(
+    1
+)  # over all loaders of the process, so that no two passes share a number
+
+
+@dataclass(frozen=True, order=True)
+class Place:
+    """Which draw a batch is; later draws have greater places.
+
+    Attributes:
+        pass_number: Tells passes apart; batches of one pass were drawn together.
+        index: Place within the pass, from 0.
+    """
+
+    pass_number: int
+    index: int
+
+
+class _Placed(list[Any]):
+    """The indices or the rows of a draw on their way through the loader and its workers."""
+
+    place: Place | None = None
+
 
 class LogicalBatch:
     """The micro-batches of one draw, possibly none: one item of the loader, one optimizer step.
@@ -23,9 +48,10 @@ class LogicalBatch:
     exact answers are private data.
     """
 
-    def __init__(self, micro_batches: Sequence[Any]) -> None:
-        """Hold what the collator made of each micro-batch."""
+    def __init__(self, micro_batches: Sequence[Any], place: Place | None = None) -> None:
+        """Hold what the collator made of each micro-batch, and which draw it was made of."""
         self.micro_batches = list(micro_batches)
+        self.place = place
 
     def __contains__(self, key: object) -> bool:
         return False
@@ -33,7 +59,7 @@ class LogicalBatch:
     def pin_memory(self) -> LogicalBatch:
         """Pin every tensor, as ``dataloader_pin_memory`` asks."""
         pin: Callable[[Any], Any] = torch.utils.data._utils.pin_memory.pin_memory
-        return LogicalBatch([pin(micro_batch) for micro_batch in self.micro_batches])
+        return LogicalBatch([pin(micro_batch) for micro_batch in self.micro_batches], self.place)
 
 
 def drawn(inputs: Any) -> LogicalBatch:
@@ -84,7 +110,7 @@ class LogicalBatchCollator:
         batches = [self._collated(piece) for piece in self._pieces(ordered)]
         if batches and (self.micro_batch_size > 1 or self.max_tokens is not None):
             self._require_marked_padding(ordered, batches)
-        return LogicalBatch(batches)
+        return LogicalBatch(batches, getattr(examples, "place", None))
 
     def _pieces(self, ordered: list[Any]) -> Iterator[list[Any]]:
         start = 0
@@ -154,9 +180,11 @@ def _padded_on_the_left(mask: torch.Tensor) -> bool:
 
 
 class LogicalBatchSampler(Sampler[list[int]]):
-    """`steps_per_epoch` draws of a `BatchSampler`; every pass makes fresh draws.
+    """`steps_per_epoch` draws of a `BatchSampler`; every iteration begins with a new pass.
 
-    A resumed run skips draws rather than replaying them: they are independent, so fresh ones are right.
+    A resumed run replays nothing: it skips as many draws as the epoch had, and goes on with fresh ones.
+    Where a pass spans several draws, these belong to a new pass, which is accounted for beside the one
+    that was abandoned.
     """
 
     def __init__(
@@ -170,8 +198,13 @@ class LogicalBatchSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         draws = self.sampler.batches(self.num_units, self.coins)
-        for _ in range(self.steps_per_epoch):
-            yield next(draws)
+        for number in range(self.steps_per_epoch):
+            index = number % self.sampler.pass_length
+            if index == 0:
+                current = next(_PASSES)
+            drawn_now = _Placed(next(draws))
+            drawn_now.place = Place(current, index)
+            yield drawn_now
 
     def __len__(self) -> int:
         return self.steps_per_epoch
@@ -194,7 +227,9 @@ class _Indexed(torch.utils.data.Dataset[Any]):
         return self.dataset[index]
 
     def __getitems__(self, indices: list[int]) -> list[Any]:
-        return [self.dataset[index] for index in indices]
+        rows = _Placed(self.dataset[index] for index in indices)
+        rows.place = getattr(indices, "place", None)
+        return rows
 
 
 def logical_loader(

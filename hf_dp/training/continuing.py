@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ _COPIES = f"{PREFIX_CHECKPOINT_DIR}-*/{LEDGER_NAME}"
 
 
 def open_ledger(
-    step_event: PrivacyEvent,
+    planned: Collection[PrivacyEvent],
     *,
     output_dir: Path,
     checkpoint: Path | None,
@@ -29,7 +29,7 @@ def open_ledger(
     """Create the ledger, or continue the one that is there.
 
     Args:
-        step_event: What each step of this run will release.
+        planned: What the steps of this run will write down.
         output_dir: Where the ledger lives.
         checkpoint: The folder that the run resumes from, or None.
         header: The first line, should the ledger be new.
@@ -65,7 +65,7 @@ def open_ledger(
             raise _left_behind(output_dir, path)
         _refuse_copies(output_dir, ledger.run_id)
         _same_plan(ledger.header, header, path)
-        _only_planned(ledger, step_event)
+        _only_planned(ledger, planned)
     except BaseException:
         ledger.close()
         raise
@@ -106,9 +106,9 @@ def _same_plan(written: Mapping[str, Any], planned: Mapping[str, Any], path: Pat
         )
 
 
-def _only_planned(ledger: Ledger, step_event: PrivacyEvent) -> None:
+def _only_planned(ledger: Ledger, planned: Collection[PrivacyEvent]) -> None:
     """Refuse releases that the curve, which is that of one event, would misstate."""
-    if any(run.event != step_event for run in read_ledger(ledger.path).releases):
+    if any(run.event not in planned for run in read_ledger(ledger.path).releases):
         raise LedgerMismatchError(
             explain(
                 "ledger.releases",

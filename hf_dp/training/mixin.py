@@ -255,7 +255,7 @@ class DPTrainerMixin(ShownMixin):
             )
         if self.dp_args.nonprivate_metrics:
             self._nonprivate.observe(summed)
-        spending.record(plan.step_event, step=self.state.global_step)
+        spending.record(batch.place, step=self.state.global_step)
         released = plan.noise.release(
             summed, sensitivity=plan.clipping.sensitivity, coins=self.coins
         )

@@ -14,10 +14,19 @@ from hf_dp.clipping.loss import LossRelease
 from hf_dp.errors import ConfigurationError, explain
 from hf_dp.noise.gaussian import GaussianNoise
 from hf_dp.plan import PrivacyPlan
-from hf_dp.sampling.poisson import PoissonSampling
+from hf_dp.sampling import (
+    BallsInBinsSampling,
+    BatchSampler,
+    FixedSizeSampling,
+    PoissonSampling,
+    ShuffledSampling,
+    TruncatedPoissonSampling,
+)
 from hf_dp.training.arguments import DPArguments
 
 logger = logging.getLogger(__name__)
+
+PASSES = {"balls_in_bins": BallsInBinsSampling, "shuffled": ShuffledSampling}
 
 _UNSIZED = 1.0  # noise of a plan that an accountant is about to size
 
@@ -29,7 +38,7 @@ class Schedule:
     Attributes:
         num_examples: Examples in the training data, as they enter the accounting.
         expected_batch_size: Mean number of examples in a logical batch.
-        steps_per_epoch: Draws that the host counts as one epoch.
+        steps_per_epoch: Draws that the host counts as one epoch; one pass, with samplers that make any.
         num_steps: Optimizer steps of the whole run.
     """
 
@@ -73,7 +82,7 @@ def schedule(
                 "Lower it, or per_device_train_batch_size x gradient_accumulation_steps.",
             )
         )
-    steps_per_epoch = math.ceil(num_examples / expected)
+    steps_per_epoch = _steps_per_epoch(dp_args.sampling, given, expected, num_examples)
     num_steps = (
         args.max_steps
         if args.max_steps >= 0
@@ -81,6 +90,16 @@ def schedule(
     )
     _check_steps(args, num_steps, given)
     return Schedule(num_examples, float(expected), steps_per_epoch, num_steps)
+
+
+def _steps_per_epoch(
+    sampling: str, given: PrivacyPlan | None, expected: float, num_examples: int
+) -> int:
+    if given is not None and given.pass_length > 1:
+        return given.pass_length
+    if given is None and sampling in PASSES:
+        return max(1, round(num_examples / expected))
+    return math.ceil(num_examples / expected)
 
 
 def _check_steps(args: TrainingArguments, num_steps: int, given: PrivacyPlan | None) -> None:
@@ -106,13 +125,40 @@ def _check_steps(args: TrainingArguments, num_steps: int, given: PrivacyPlan | N
         )
 
 
+def sampler_for(dp_args: DPArguments, when: Schedule) -> BatchSampler:
+    """The sampler that `dp_args.sampling` names, for this many examples and this batch size.
+
+    Raises:
+        ConfigurationError: Batches of a fixed size are asked for, and the size is no whole number.
+    """
+    size, count = when.expected_batch_size, when.num_examples
+    if dp_args.sampling in PASSES:
+        return PASSES[dp_args.sampling](when.steps_per_epoch)
+    if dp_args.sampling == "truncated_poisson":
+        cap = dp_args.max_batch_size or min(count, math.ceil(size + 10 * math.sqrt(size)))
+        return TruncatedPoissonSampling(count, size / count, cap)
+    if dp_args.sampling == "fixed_size":
+        if not size.is_integer():
+            raise ConfigurationError(
+                explain(
+                    "DPArguments.expected_batch_size",
+                    size,
+                    "a whole number with sampling='fixed_size'",
+                    "Every batch has exactly this size.",
+                    "Round it.",
+                )
+            )
+        return FixedSizeSampling(count, int(size))
+    return PoissonSampling(size / count)
+
+
 def plan_for(
     dp_args: DPArguments, when: Schedule, accountant: Accountant, default_ceiling: float
 ) -> PrivacyPlan:
     """The plan of a run; with a target epsilon the accountant sizes its noise."""
     ceiling = dp_args.loss_ceiling or default_ceiling
     plan = PrivacyPlan(
-        sampler=PoissonSampling(when.expected_batch_size / when.num_examples),
+        sampler=sampler_for(dp_args, when),
         clipping=FlatClipping(dp_args.clipping_norm),
         noise=GaussianNoise(dp_args.noise_multiplier or _UNSIZED),
         num_steps=when.num_steps,

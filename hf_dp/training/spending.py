@@ -17,10 +17,10 @@ from hf_dp.errors import (
     PrivacyError,
     explain,
 )
-from hf_dp.events import PrivacyEvent
-from hf_dp.ledger import LEDGER_NAME, Ledger
+from hf_dp.ledger import LEDGER_NAME, Ledger, read_ledger
 from hf_dp.plan import PrivacyPlan
 from hf_dp.training.arguments import DPArguments
+from hf_dp.training.batches import Place
 from hf_dp.training.continuing import open_ledger, refuse_other_run
 
 FIXED_COINS = "fixed generator: not private"
@@ -38,7 +38,7 @@ class Claim:
         delta: Delta of the guarantee.
         target_epsilon: The budget, or None.
         num_examples: Size of the population, as it enters the accounting.
-        curve: Epsilon after any number of releases of this plan.
+        curve: Epsilon after any number of passes of this plan; with most samplers a step is a pass.
     """
 
     plan: PrivacyPlan
@@ -59,7 +59,7 @@ class Claim:
         """
         delta = dp_args.delta_for(num_examples)
         curve = accountant.curve(
-            plan.step_event, num_steps=plan.num_steps, delta=delta, relation=plan.relation
+            plan.pass_event, num_steps=plan.num_passes, delta=delta, relation=plan.relation
         )
         target = dp_args.target_epsilon
         if target is not None and curve.epsilon(1) > target:
@@ -68,7 +68,7 @@ class Claim:
                     "DPArguments.target_epsilon",
                     target,
                     "a budget that allows at least one step of the plan",
-                    f"One release already costs epsilon = {curve.epsilon(1):.4g} at delta = {delta:.3g}.",
+                    f"The first step already costs epsilon = {curve.epsilon(1):.4g} at delta = {delta:.3g}.",
                     "Use more noise, or a smaller expected_batch_size.",
                 )
             )
@@ -102,6 +102,8 @@ class Spending:
         self.claim = claim
         self.ledger = ledger
         self._open = True
+        self._num_passes = _passes_in(ledger, claim.plan)
+        self._last: Place | None = None
 
     @classmethod
     def begin(
@@ -121,7 +123,7 @@ class Spending:
             LedgerMismatchError: The ledger belongs to another run or another plan.
         """
         ledger = open_ledger(
-            claim.plan.step_event,
+            frozenset({claim.plan.step_event, claim.plan.later_event}),
             output_dir=output_dir,
             checkpoint=checkpoint,
             header=header,
@@ -134,15 +136,24 @@ class Spending:
     @property
     def epsilon(self) -> float:
         """A proven upper bound on what all releases in the ledger cost."""
-        return self.claim.curve.epsilon(self.ledger.num_releases)
+        return self.claim.curve.epsilon(self._num_passes)
 
     @property
     def exhausted(self) -> bool:
-        """Whether one more release would pass the target epsilon."""
+        """Whether one more release would pass the target epsilon.
+
+        The rest of a pass that was begun is paid for. What a crash left of a pass is not taken up again:
+        the resumed run begins a new pass, for which there may be no room.
+        """
+        last = self._last
+        if last is not None and last.index + 1 < self.claim.plan.pass_length:
+            return False
+        return self._no_room_for_a_pass
+
+    @property
+    def _no_room_for_a_pass(self) -> bool:
         target = self.claim.target_epsilon
-        return (
-            target is not None and self.claim.curve.epsilon(self.ledger.num_releases + 1) > target
-        )
+        return target is not None and self.claim.curve.epsilon(self._num_passes + 1) > target
 
     def require(self, claim: Claim) -> None:
         """Refuse to go on under another claim than the one the ledger was opened for.
@@ -157,19 +168,34 @@ class Spending:
                 "Change them before train()."
             )
 
-    def record(self, event: PrivacyEvent, *, step: int) -> None:
+    def record(self, place: Place | None, *, step: int) -> None:
         """Write one release down, durably, before it is made.
+
+        Args:
+            place: Which draw is about to be released; None for a batch that is no draw of the loader's,
+                which is counted as a pass of its own.
+            step: The global step.
 
         Raises:
             BudgetExhaustedError: It would pass the target; nothing was written or released.
+            PrivacyError: The draw, or a later one, was released before; nothing was written.
         """
-        if self.exhausted:
+        last, plan = self._last, self.claim.plan
+        if place is not None and last is not None and place <= last:
+            raise PrivacyError(
+                f"training_step(inputs={place}): expected a draw after {last}. The same draw released "
+                "twice costs more than is accounted for. Take batches from the loader in their order."
+            )
+        begins = place is None or last is None or place.pass_number != last.pass_number
+        if begins and self._no_room_for_a_pass:
             raise BudgetExhaustedError(
                 f"DPArguments.target_epsilon={self.claim.target_epsilon}: expected room for one more "
                 f"release after {self.ledger.num_releases}. Going on would break the stated guarantee. "
                 "Stop here; the model as it is has the guarantee."
             )
-        self.ledger.append(event, step=step)
+        self.ledger.append(plan.step_event if begins else plan.later_event, step=step)
+        self._num_passes += begins
+        self._last = place or last
 
     def copy_to(self, folder: Path) -> None:
         """Copy the ledger into `folder`, during the run or after it.
@@ -188,6 +214,15 @@ class Spending:
         """Close the ledger and give its lock back."""
         self._open = False
         self.ledger.close()
+
+
+def _passes_in(ledger: Ledger, plan: PrivacyPlan) -> int:
+    """Passes that a ledger of this plan counts: those that were begun, or more if they lack the room."""
+    if plan.pass_length == 1:
+        return ledger.num_releases
+    runs = read_ledger(ledger.path).releases
+    begun = sum(run.count for run in runs if run.event == plan.step_event)
+    return max(begun, -(-ledger.num_releases // plan.pass_length))
 
 
 def _versions() -> dict[str, str]:
