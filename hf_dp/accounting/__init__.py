@@ -20,19 +20,35 @@ from types import MappingProxyType
 from hf_dp._validate import one_of, open_unit_interval, positive_integer
 from hf_dp.accounting.base import Accountant, Calibratable, Guarantee, flatten
 from hf_dp.accounting.curve import EpsilonCurve
+from hf_dp.accounting.edgeworth import EdgeworthAccountant
+from hf_dp.accounting.gdp import GDPAccountant
 from hf_dp.accounting.pld import PLDAccountant
 from hf_dp.accounting.rdp import RDPAccountant
 from hf_dp.errors import ConfigurationError, explain
 
 ACCOUNTANTS: Mapping[str, Callable[[], Accountant]] = MappingProxyType(
-    {"pld": PLDAccountant, "rdp": RDPAccountant}
+    {"pld": PLDAccountant, "edgeworth": EdgeworthAccountant, "rdp": RDPAccountant}
 )
-"""Every accountant by the name that people write."""
+"""Every accountant that proves upper bounds, by the name that people write."""
+
+ESTIMATORS: Mapping[str, Callable[[], Accountant]] = MappingProxyType({"gdp": GDPAccountant})
+"""Those that only estimate: to look at, never to choose noise or to state a guarantee."""
 
 
 def accountant_named(name: str) -> Accountant:
-    """The accountant called `name`; an unknown name is answered with the nearest known one."""
+    """The accountant called `name`; an unknown name is answered with the nearest known one.
+
+    Raises:
+        ConfigurationError: There is none of that name, or it only estimates.
+    """
+    if name in ESTIMATORS:
+        ESTIMATORS[name]().check_bounds()
     return ACCOUNTANTS[one_of("accountant", name, ACCOUNTANTS, "It computes the guarantee.")]()
+
+
+def accountant_or_estimator_named(name: str) -> Accountant:
+    """As `accountant_named`, but also those that only estimate; their `epsilon` is inf."""
+    return ESTIMATORS[name]() if name in ESTIMATORS else accountant_named(name)
 
 
 def default_delta(num_units: int) -> float:
@@ -76,13 +92,17 @@ _REMEDY_DELTA = "Leave it out to get the number of units to the power -1.1."
 
 __all__ = [
     "ACCOUNTANTS",
+    "ESTIMATORS",
     "Accountant",
     "Calibratable",
+    "EdgeworthAccountant",
     "EpsilonCurve",
+    "GDPAccountant",
     "Guarantee",
     "PLDAccountant",
     "RDPAccountant",
     "accountant_named",
+    "accountant_or_estimator_named",
     "check_delta",
     "default_delta",
     "flatten",

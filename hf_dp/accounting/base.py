@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import ClassVar, Protocol, Self, TypeVar
 
 import numpy as np
@@ -21,7 +20,8 @@ from hf_dp.accounting._leaves import (
 )
 from hf_dp.accounting.calibrate import smallest_noise
 from hf_dp.accounting.curve import EpsilonCurve
-from hf_dp.errors import PrivacyError, UnsupportedEventError, explain
+from hf_dp.accounting.guarantee import Guarantee
+from hf_dp.errors import ConfigurationError, UnsupportedEventError, explain
 from hf_dp.events import (
     NeighboringRelation,
     NonPrivate,
@@ -43,44 +43,6 @@ __all__ = [
 
 StepBounds = Callable[[int, int], NDArray[np.float64]]
 """``bounds(first, last)``: upper bounds on epsilon after first, ..., last releases, ``(n,)``."""
-
-
-@dataclass(frozen=True)
-class Guarantee:
-    """(epsilon, delta)-differential privacy, and what it is a statement about.
-
-    Attributes:
-        epsilon: In nats, >= 0; inf when nothing is guaranteed.
-        delta: In (0, 1).
-        is_upper_bound: Whether `epsilon` is proven never to be too small.
-        accountant: Name of the accountant that computed it.
-        unit: Whose data is protected together.
-        relation: Which pairs of datasets are hard to tell apart.
-        lower: An epsilon that provably does not hold, where the accountant knows one.
-        estimate: An approximation without proof, where the accountant has one.
-    """
-
-    epsilon: float
-    delta: float
-    is_upper_bound: bool
-    accountant: str
-    unit: PrivacyUnit = "example"
-    relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE
-    lower: float | None = None
-    estimate: float | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse an epsilon that is not a number: it would pass every comparison with a budget."""
-        if math.isnan(self.epsilon) or self.epsilon < 0:
-            raise PrivacyError(
-                explain(
-                    "Guarantee.epsilon",
-                    self.epsilon,
-                    "a number >= 0, or inf",
-                    "The accountant's arithmetic failed, so nothing is proven.",
-                    "Use the other accountant, and report this event as a bug.",
-                )
-            )
 
 
 class Calibratable(Protocol):
@@ -138,6 +100,11 @@ class Accountant(ABC):
         del near
         return self._epsilon(leaves, delta)
 
+    def _beside(self, leaves: Leaves, delta: float) -> tuple[float | None, float | None]:
+        """`Guarantee.lower` and `Guarantee.estimate` of releases such as `_epsilon` gets."""
+        del leaves, delta
+        return None, None
+
     def can_cost(
         self,
         event: PrivacyEvent | Iterable[PrivacyEvent],
@@ -175,6 +142,8 @@ class Accountant(ABC):
         """
         delta = self._checked_delta(delta)
         leaves = self._checked_leaves(event, relation)
+        private = leaves and not any(type(leaf) is NonPrivate for leaf in leaves)
+        lower, estimate = self._beside(leaves, delta) if private else (None, None)
         return Guarantee(
             epsilon=self._total(leaves, delta),
             delta=delta,
@@ -182,6 +151,8 @@ class Accountant(ABC):
             accountant=self.name,
             unit=unit,
             relation=NeighboringRelation(relation),
+            lower=lower,
+            estimate=estimate,
         )
 
     def curve(
@@ -202,8 +173,10 @@ class Accountant(ABC):
 
         Raises:
             UnsupportedEventError: The step or the relation has no proven cost here.
-            ConfigurationError: `delta` or `num_steps` is out of range.
+            ConfigurationError: `delta` or `num_steps` is out of range, or this accountant only
+                estimates.
         """
+        self.check_bounds()
         delta = self._checked_delta(delta)
         leaves = self._checked_leaves(step, relation)
         positive_integer(
@@ -228,7 +201,7 @@ class Accountant(ABC):
             target_delta: In (0, 1).
 
         Returns:
-            The plan with the smallest noise multiplier of five significant digits for which
+            The plan with about the smallest noise multiplier of five significant digits for which
             `guarantee` gives at most `target_epsilon`.
 
         Guarantees:
@@ -238,20 +211,47 @@ class Accountant(ABC):
 
         Raises:
             UnsupportedEventError: The plan's event or relation has no proven cost here.
-            ConfigurationError: A target is out of range, or no noise reaches it.
+            ConfigurationError: A target is out of range, no noise reaches it, or this accountant only
+                estimates.
         """
+        self.check_bounds()
         delta = self._checked_delta(target_delta)
         self._checked_leaves(plan.event(), plan.relation)
 
         def quick(noise_multiplier: float) -> float:
-            leaves = flatten(plan.with_noise_multiplier(noise_multiplier).event())
-            return self._total(leaves, delta, near=target_epsilon)
+            event = plan.with_noise_multiplier(noise_multiplier).event()
+            return self.rough_epsilon(event, delta=delta, near=target_epsilon)
 
         def certified(noise_multiplier: float) -> float:
             event = plan.with_noise_multiplier(noise_multiplier).event()
             return self.guarantee(event, delta=delta, relation=plan.relation).epsilon
 
         return plan.with_noise_multiplier(smallest_noise(quick, certified, target_epsilon))
+
+    def rough_epsilon(
+        self, event: PrivacyEvent | Iterable[PrivacyEvent], *, delta: float, near: float
+    ) -> float:
+        """About the epsilon of `event`, quickly: where to search, never what to claim.
+
+        Args:
+            event: One event, or several, that `can_cost`.
+            delta: In (0, 1).
+            near: The value searched for; the answer is best close to it.
+        """
+        return self._total(flatten(event), delta, near=near)
+
+    def check_bounds(self) -> None:
+        """Refuse to decide anything if this accountant only estimates."""
+        if not self.is_upper_bound:
+            raise ConfigurationError(
+                explain(
+                    f"{type(self).__name__}.name",
+                    self.name,
+                    "an accountant that proves upper bounds: 'pld', 'edgeworth' or 'rdp'",
+                    "An estimate can be far below the truth, so it must not choose noise or end a run.",
+                    "Use accountant='pld'; `hf-dp epsilon` prints this one's estimate.",
+                )
+            )
 
     def _total(self, leaves: Leaves, delta: float, near: float | None = None) -> float:
         if any(type(leaf) is NonPrivate for leaf in leaves):

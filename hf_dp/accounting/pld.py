@@ -67,7 +67,7 @@ class PLDAccountant(Accountant):
         return is_gaussian(leaf)
 
     def _epsilon(self, leaves: Leaves, delta: float) -> float:
-        releases = _releases(leaves)
+        releases = merged_releases(leaves)
         usable = _usable_delta(delta, releases)
         scale = Scale.of(releases)
         if scale.is_hopeless:
@@ -80,7 +80,7 @@ class PLDAccountant(Accountant):
         return _certified_epsilon(releases, usable, interval)
 
     def _quick_epsilon(self, leaves: Leaves, delta: float, near: float) -> float:
-        releases = _releases(leaves)
+        releases = merged_releases(leaves)
         usable = _usable_delta(delta, releases)
         scale = Scale.of(releases)
         if scale.is_hopeless:
@@ -94,7 +94,7 @@ class PLDAccountant(Accountant):
             return np.minimum(epsilon_bounds(leaves, delta, first, last), stairs(first, last))
 
         def stairs(first: int, last: int) -> NDArray[np.float64]:
-            scale = Scale.of(_releases(leaves, last))
+            scale = Scale.of(merged_releases(leaves, last))
             if scale.is_hopeless:
                 return np.full(last - first + 1, np.inf)
             interval = scale.quick_interval(final_epsilon, accuracy=2e-3)
@@ -106,15 +106,20 @@ class PLDAccountant(Accountant):
             return heights[rounded_up]
 
         def height(count: int, interval: float, grid: Grid) -> float:
-            releases = _releases(leaves, count)
+            releases = merged_releases(leaves, count)
             slack = rounding_slack(sum(releases.values()))
             return _epsilon_on_grid(releases, max(delta - slack, 0.0), interval, grid)
 
         return bounds
 
 
-def _releases(leaves: Leaves, num_steps: int = 1) -> dict[SampledGaussian, int]:
-    """What that many steps compose numerically: all unsampled Gaussians are one, exactly."""
+def merged_releases(leaves: Leaves, num_steps: int = 1) -> dict[SampledGaussian, int]:
+    """What that many steps compose numerically: all unsampled Gaussians are one, exactly.
+
+    Args:
+        leaves: Releases of one step, all Gaussian over a Poisson sample or over all units.
+        num_steps: > 0.
+    """
     releases: dict[SampledGaussian, int] = {}
     precision = 0.0
     for leaf, count in leaves.items():
