@@ -57,7 +57,7 @@ class BookKeepingEngine(GradientEngine):
             return empty_sum(model, loss_release)
         books = Books()
         with self.recorder.forward(model, inputs, example_loss) as passed:
-            passed.backward(books.add)
+            passed.backward(books.add, on_group=books.add_group)
         losses = passed.losses
         policy = gradient_clipping(clipping, loss_release)
         with full_precision(losses.device):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hf_dp.engines.shares import Shares, checked_shape
+from hf_dp.engines.together import Group
 from hf_dp.layers.factors import Factor, Mat, Vec
 from hf_dp.layers.gram import GramBatch
 from hf_dp.layers.per_unit import squares_of_rows
@@ -30,6 +31,7 @@ class Books:
     def __init__(self) -> None:
         """Nothing is kept yet."""
         self._factors: dict[str, Factor] = {}
+        self._groups: list[Group] = []
         self._small: dict[int, dict[str, Vec]] = defaultdict(dict)
         self._stacks: list[_Stack] = []
         self._squared: dict[str, Tensor] = {}
@@ -57,6 +59,15 @@ class Books:
             self._squared[name] = factor.squared_norm()
             self._uncancelled[name] = factor.uncancelled()
 
+    def add_group(self, group: Group) -> None:
+        """Keep the gradients of several parameters, and take their norms together."""
+        factor = group.factor
+        factor.settle()
+        self._groups.append(group)
+        self._squared.update(group.each(factor.squared_norm()))
+        if factor.written() is None:
+            self._uncancelled.update(group.each(factor.uncancelled()))
+
     def norms(self, losses: Tensor) -> Norms:
         """Squared norms of all parameters; inf where the loss, ``(B,)``, is not finite."""
         for group in self._small.values():
@@ -71,6 +82,8 @@ class Books:
 
     def take_apart(self, norms: Norms, units: Tensor) -> None:
         """Norms of some units, ``(few, 1)``, anew from their gradients written out."""
+        while self._groups:
+            self._factors.update(self._groups.pop().factors())
         for unit in units:
             for name, factor in self._factors.items():
                 norms.squared[name][unit] = factor.select(unit).dense().squared_norm()
@@ -100,6 +113,11 @@ class Books:
             else:
                 found[name] = factor.weighted_sum(weights[name])
             checked_shape(name, found[name], shapes[name])
+        while self._groups:
+            summed = self._groups.pop().weighted_sums(weights)
+            for name, share in summed.items():
+                checked_shape(name, share, shapes[name])
+            found.update(summed)
         for stack in self._stacks:
             found.update(stack.sums(weights, shapes, None if shares is None else shares.dropped))
         self._stacks.clear()

@@ -71,8 +71,16 @@ class TapPoint:
         """Name and type, for messages."""
         return f"module {self.name!r} ({type(self.module).__qualname__})"
 
+    @cached_property
+    def own_names(self) -> tuple[str, ...]:
+        """What the module itself calls those of the parameters that it owns."""
+        wanted = set(map(id, self.parameters))
+        return tuple(name for name, p in self.module._parameters.items() if id(p) in wanted)
+
     def sole_input(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
         """The one tensor that the module was called with, on which its rule's formula rests."""
+        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and args[0].dim():
+            return args[0]
         given = [value for value in (*args, *kwargs.values()) if value is not None]
         if len(given) != 1 or not isinstance(given[0], Tensor) or given[0].dim() == 0:
             raise NotTappableError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,6 +17,7 @@ from hf_dp.engines.precision import full_precision
 from hf_dp.engines.rows import batch_size
 from hf_dp.engines.settle import check_folds, settle
 from hf_dp.engines.tap import Call, Recording, UsedOutsideError
+from hf_dp.engines.together import Alike, Group, Waiting
 from hf_dp.engines.whole_tap import whole_call
 from hf_dp.errors import UncoveredParameterError
 from hf_dp.layers.base import FIRST, LayerRules
@@ -24,6 +25,8 @@ from hf_dp.layers.factors import Factor, Vec, combine
 
 OnFactor = Callable[[str, Factor], None]
 """``on_factor(name, factor)`` takes the whole gradient of one parameter, for every unit."""
+OnGroup = Callable[[Group], None]
+"""``on_group(group)`` takes the whole gradients of several parameters, for every unit."""
 
 
 class Recorder:
@@ -111,12 +114,16 @@ class Pass:
         self._num_units = num_units
         self._names = {id(p): name for name, p in coverage.parameters.items()}
 
-    def backward(self, on_factor: OnFactor, *, again: bool = False) -> None:
+    def backward(
+        self, on_factor: OnFactor, *, on_group: OnGroup | None = None, again: bool = False
+    ) -> None:
         """Run the backward pass; parameter names and factors reach `on_factor` as they are complete.
 
         Args:
             on_factor: Called once for each trainable parameter that took part, gradients off and in
                 full precision.
+            on_group: Takes small parameters of layers that are alike together, after the pass; without
+                it they reach `on_factor`, too.
             again: Keep the graph, for one more backward pass with the same dropout masks.
 
         Raises:
@@ -124,17 +131,17 @@ class Pass:
         """
         parts: dict[str, list[Factor]] = defaultdict(list)
         left = self._record.uses.copy()
+        waiting = Waiting(self._record.uses if on_group is not None else {})
 
         def add(call: Call) -> None:
+            if waiting.takes(call):
+                self._count_down(call, left)
+                return
             with full_precision(self.losses.device):
                 for parameter, factor in self._answers(call):
                     _take(parts[self._names[id(parameter)]], factor)
-                for parameter in call.point.parameters:
-                    left[id(parameter)] -= 1
-                    if left[id(parameter)] == 0:
-                        complete(self._names[id(parameter)])
-                    elif left[id(parameter)] < 0:  # its norm was taken without this part
-                        raise _used_again(self._names[id(parameter)])
+                for name in self._count_down(call, left):
+                    complete(name)
 
         def complete(name: str) -> None:
             on_factor(name, combine(parts.pop(name)))
@@ -147,6 +154,38 @@ class Pass:
         with full_precision(self.losses.device):
             for name in list(parts):  # not every call reached the losses
                 complete(name)
+            if on_group is not None:
+                self._answer_waiting(waiting, on_factor, on_group)
+
+    def _answer_waiting(self, waiting: Waiting, on_factor: OnFactor, on_group: OnGroup) -> None:
+        for found in waiting.alike():
+            if isinstance(found, Alike):
+                for group in self._answers_together(found):
+                    on_group(group)
+            else:
+                for parameter, factor in self._answers(found):
+                    on_factor(self._names[id(parameter)], factor)
+
+    def _count_down(self, call: Call, left: Counter[int]) -> list[str]:
+        """The parameters whose last use this was."""
+        complete = []
+        for parameter in call.point.parameters:
+            key = id(parameter)
+            left[key] -= 1
+            if left[key] < 0:  # its norm was taken without this part
+                raise _used_again(self._names[key])
+            if left[key] == 0:
+                complete.append(self._names[key])
+        return complete
+
+    def _answers_together(self, alike: Alike) -> Iterator[Group]:
+        count = len(next(iter(alike.parameters.values())))
+        rule, module = alike.point.rule, alike.point.module
+        assert rule is not None
+        answers = rule(module, alike.inputs, alike.output_grads, count * self._num_units)
+        factors = {id(p): factor for p, factor in answers}
+        for key, parameters in alike.parameters.items():
+            yield Group([self._names[id(p)] for p in parameters], factors[key])
 
     def _answers(self, call: Call) -> list[tuple[nn.Parameter, Factor]]:
         point = call.point

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from hf_dp.engines.coverage import Coverage, Layout, LayoutUnknownError, TapPoint
 from hf_dp.errors import UncoveredParameterError
@@ -129,9 +128,10 @@ class Recording:
     ) -> tuple[Tensor, ...]:
         """The outputs as the rest of the model gets them."""
         if self.on_call is None:
-            self.uses.update(map(id, point.parameters))
+            for parameter in point.parameters:
+                self.uses[id(parameter)] += 1
         apply: Callable[..., tuple[Tensor, ...]] = _Tap.apply
-        return apply(self, point, context, self.anchor, len(outputs), *outputs, *inputs)
+        return apply((self, point, context, len(outputs)), self.anchor, *outputs, *inputs)
 
 
 class _Tap(torch.autograd.Function):
@@ -140,32 +140,25 @@ class _Tap(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        recording: Recording,
-        point: TapPoint,
-        context: Any,
+        noted: tuple[Recording, TapPoint, Any, int],  # one argument: torch looks at each
         anchor: Tensor,
-        num_outputs: int,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
-        ctx.recording, ctx.point, ctx.context, ctx.num_inputs = (
-            recording,
-            point,
-            context,
-            len(tensors) - num_outputs,
-        )
+        num_outputs = noted[3]
+        ctx.noted, ctx.num_inputs = noted, len(tensors) - num_outputs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors[num_outputs:])
         # returning an input would make a view and break in-place operations
-        return tuple(output.detach() for output in tensors[:num_outputs])
+        return tuple([output.detach() for output in tensors[:num_outputs]])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        inputs = tuple(saved.detach() for saved in ctx.saved_tensors)
+        recording, point, context, _ = ctx.noted
+        inputs = tuple([saved.detach() for saved in ctx.saved_tensors])
         if any(grad is not None for grad in grads):
-            ctx.recording.on_call(Call(ctx.point, inputs, grads, ctx.context))
+            recording.on_call(Call(point, inputs, grads, context))
         # the anchor's own gradient is of no use: zeros would be added up, two kernels for each call
-        return None, None, None, None, None, *grads, *(None,) * ctx.num_inputs
+        return None, None, *grads, *(None,) * ctx.num_inputs
 
 
 class PointTap(ABC):
