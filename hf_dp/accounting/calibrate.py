@@ -1,4 +1,7 @@
-"""The least noise that meets a target: a cheap search, then the accountant's own last word."""
+"""How much noise, how many steps, how large a batch a target affords.
+
+A cheap search first, then the accountant's own last word: nothing is returned that it did not certify.
+"""
 
 from __future__ import annotations
 
@@ -16,52 +19,84 @@ MOST_NOISE = 1e6
 
 _DIGITS = 5
 _MAX_CERTIFICATES = 30
+_CLOSE = 1e-4  # more noise than needed, relative, at which a search ends
+
+Epsilon = Callable[[float], float]
+"""Epsilon as a function of what is searched for."""
 
 
-def smallest_noise(
-    quick: Callable[[float], float], certified: Callable[[float], float], target_epsilon: float
-) -> float:
-    """The smallest noise multiplier of five significant digits that meets the target.
+def smallest_noise(quick: Epsilon, certified: Epsilon, target_epsilon: float) -> float:
+    """A noise multiplier of five significant digits that meets the target, hardly larger than needed.
 
     Args:
-        quick: Epsilon as a function of the noise multiplier, a cheap upper bound to search with.
+        quick: Epsilon as a function of the noise multiplier, cheap, to search with.
         certified: The same, tight: the accountant's guarantee. Only it decides.
         target_epsilon: > 0.
 
     Returns:
         A noise multiplier at which `certified` is at most `target_epsilon`, while it is not at the
-        five-digit number below.
+        five-digit number below, or would not be if epsilon goes on as between the last two points.
 
     Raises:
         ConfigurationError: The target is not positive, or more than `MOST_NOISE` would be needed.
     """
-    positive(
-        "Accountant.target_epsilon",
-        target_epsilon,
-        "At zero nothing can be learnt from the data.",
-        "Use a number between 0.1 and 10.",
-    )
+    check_target(target_epsilon)
     start, slope = _search(quick, target_epsilon)
-    noise = _rounded(start)
+    noise = rounded_up(start)
     failing, passing = 0.0, math.inf
+    last: tuple[float, float] | None = None
     for _ in range(_MAX_CERTIFICATES):
         epsilon = certified(noise)
         if epsilon <= target_epsilon:
             passing = min(passing, noise)
         else:
             failing = max(failing, noise)
+        slope = slope_between(last, (noise, epsilon), slope)
+        last = (noise, epsilon)
+        guess = noise * (max(epsilon, 1e-6 * target_epsilon) / target_epsilon) ** (1 / slope)
         if passing <= LEAST_NOISE or _neighbour(passing, -1) <= failing:
             return passing
-        guess = noise * (target_epsilon / max(epsilon, 1e-6 * target_epsilon)) ** (1 / slope)
-        noise = _rounded(max(guess, LEAST_NOISE))
+        if passing == noise and (
+            passing <= guess * (1 + _CLOSE / 2) or _neighbour(passing, -1) < guess
+        ):
+            return passing
+        noise = rounded_up(max(guess * (1 + 1e-6), LEAST_NOISE))
         noise = max(min(noise, _neighbour(passing, -1)), _neighbour(failing, +1))
     if math.isinf(passing):
         raise _out_of_reach(target_epsilon)
     return passing
 
 
-def _search(quick: Callable[[float], float], target: float) -> tuple[float, float]:
-    """Where `quick` meets the target, and there its slope d log(epsilon) / d log(noise) < 0."""
+def check_target(target_epsilon: float) -> float:
+    """Refuse a target that is no finite number > 0."""
+    return positive(
+        "Accountant.target_epsilon",
+        target_epsilon,
+        "At zero nothing can be learnt from the data.",
+        "Use a number between 0.1 and 10.",
+    )
+
+
+def slope_between(
+    last: tuple[float, float] | None, now: tuple[float, float], guess: float
+) -> float:
+    """How steeply log(epsilon) changes with the log of what is searched for, without its sign.
+
+    Args:
+        last: A point and its epsilon, or None.
+        now: Another.
+        guess: The answer where the two do not tell.
+    """
+    if last is None or not (0 < last[1] < math.inf and 0 < now[1] < math.inf):
+        return guess
+    run = math.log(now[0] / last[0])
+    if abs(run) < 1e-5:
+        return guess
+    return min(max(abs(math.log(now[1] / last[1]) / run), 0.1), 10.0)
+
+
+def _search(quick: Epsilon, target: float) -> tuple[float, float]:
+    """Where `quick` meets the target, and how steeply it falls there, on logarithmic scales."""
     from scipy.optimize import brentq
 
     def excess(log_noise: float) -> float:
@@ -72,10 +107,10 @@ def _search(quick: Callable[[float], float], target: float) -> tuple[float, floa
         low if low == high else math.exp(brentq(excess, math.log(low), math.log(high), xtol=1e-4))
     )
     rise = excess(math.log(root)) - excess(math.log(root) + 0.02)
-    return root, -min(max(rise / 0.02, 0.1), 10.0)
+    return root, min(max(rise / 0.02, 0.1), 10.0)
 
 
-def _bracket(quick: Callable[[float], float], target: float) -> tuple[float, float]:
+def _bracket(quick: Epsilon, target: float) -> tuple[float, float]:
     """Two noise multipliers with the target's between them; equal where the least noise meets it."""
     low = high = 1.0
     if quick(1.0) > target:
@@ -104,9 +139,10 @@ def _out_of_reach(target: float) -> ConfigurationError:
     )
 
 
-def _rounded(number: float) -> float:
-    """The nearest number of five significant digits."""
-    return round(number, _DIGITS - 1 - math.floor(math.log10(number)))
+def rounded_up(number: float) -> float:
+    """The least number of five significant digits that is not below (but for rounding)."""
+    places = _DIGITS - 1 - math.floor(math.log10(number))
+    return round(math.ceil(number * 10.0**places * (1 - 1e-12)) / 10.0**places, places)
 
 
 def _neighbour(number: float, steps: int) -> float:

@@ -38,7 +38,8 @@ from hf_dp.accounting.edgeworth.series import terms
 
 _NEGLIGIBLE = 1e-18  # modulus of f at which panels end
 _MAX_PANELS = 400
-_MAX_STEPS = 4000
+_MAX_STEPS = 1000
+_USELESS = 0.5  # an error of a chance that says nothing
 
 
 class CharacteristicFunction:
@@ -57,6 +58,8 @@ class CharacteristicFunction:
 
     def error_bounds(self) -> dict[int, float]:
         """Upper bounds on the error of the series of orders 1, 2 and 3; inf where none is found."""
+        if all(one.sampling_probability == 1 for one in self._releases):
+            return dict.fromkeys((1, 2, 3), 0.0)  # the loss is normal, and so is the series
         hopeless = dict.fromkeys((1, 2, 3), math.inf)
         height = self._height()
         if height is None:
@@ -70,6 +73,8 @@ class CharacteristicFunction:
                 return hopeless
             integrals, modulus = panel
             totals += integrals
+            if np.min(totals) > _USELESS * math.pi:
+                return hopeless
             if modulus < _NEGLIGIBLE and end > 10:
                 break
         tail = self.tail_integral(end)
@@ -140,7 +145,16 @@ class CharacteristicFunction:
             if ratio < 1:
                 log_bound += number * math.log(ratio)
                 count += number
-        return math.exp(log_bound) / count if count else math.inf
+        by_density = math.exp(log_bound) / count if count else math.inf
+        # Unsampled Gaussians together have the characteristic function exp(-u^2 / 2 * their share).
+        normal = math.fsum(
+            number / release.noise_multiplier**2
+            for release, number in self._releases.items()
+            if release.sampling_probability == 1
+        )
+        exponent = frequency**2 * normal / 2
+        by_normal = math.exp(-exponent) / (2 * exponent) if exponent > 0 else math.inf
+        return min(by_density, by_normal)
 
     def _panel(self, start: float, end: float, height: Ellipse) -> tuple[Floats, float] | None:
         """For each order the integral of |f - g| / u over a panel, and the largest |f| in it."""
@@ -190,10 +204,12 @@ class CharacteristicFunction:
 
     def _height(self) -> Ellipse | None:
         """The best ellipse around a panel on which f can be bounded; None if there is none."""
-        reach_limit = self._scale * min(7 * one.noise_multiplier - 1 for one in self._releases)
-        reach_limit = max(
-            reach_limit, self._scale * min(3 * one.noise_multiplier for one in self._releases)
+        # Moments tilt the output by the exponent: so far that the nodes still hold all of it.
+        noise = min(
+            (one.noise_multiplier for one in self._releases if one.sampling_probability < 1),
+            default=math.inf,
         )
+        reach_limit = self._scale * max(7 * noise - 1, 3 * noise)
         found = [
             Ellipse.at(y, self._log_moment(y))
             for y in (3.0, 2.0, 1.5, 1.0, 0.5)
@@ -209,6 +225,9 @@ class CharacteristicFunction:
         for sign in (1.0, -1.0):
             total = 0.0
             for release, count in self._releases.items():
+                if release.sampling_probability == 1:
+                    total += count * (y / self._scale / release.noise_multiplier) ** 2 / 2
+                    continue
                 nodes = LossNodes.of(release)
                 masses = nodes.masses("remove", large=self._large)
                 mean = float(masses @ nodes.losses)

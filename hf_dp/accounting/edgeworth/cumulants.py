@@ -145,6 +145,9 @@ def one_release(release: SampledGaussian, direction: Direction, *, large: bool) 
     """
     if direction == "add":  # the same two worlds with the loss's sign and their parts exchanged
         return one_release(release, "remove", large=not large).mirrored()
+    if release.sampling_probability == 1:
+        precision = 1 / release.noise_multiplier**2
+        return Cumulants(precision / 2 if large else -precision / 2, precision, 0.0, 0.0, 0.0)
     nodes = LossNodes.of(release)
     masses = nodes.masses(direction, large=large)
     mean = float(masses @ nodes.losses)

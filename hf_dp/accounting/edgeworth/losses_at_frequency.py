@@ -14,28 +14,40 @@ from hf_dp.accounting.edgeworth.cumulants import LossNodes
 
 Complex = NDArray[np.complex128]
 
-_MAX_NODES = 400_000
+_MAX_NODES = 200_000
 _DROPPED = 1e-28  # masses that add up to nothing
 _LEAST_NOISE = 0.2  # below it the nodes would not reach where a density changes most
 
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """One kind of release: its loss in one world, centred, at nodes dense enough for a frequency."""
+    """One kind of release: its loss in one world, centred, at nodes dense enough for a frequency.
+
+    Attributes:
+        count: How many of them.
+        deviations: The loss less its mean at each node, ``(n,)``; none if nothing is sampled.
+        masses: Chance of each node, ``(n,)``.
+        size: Mean absolute deviation.
+        normal: Variance of the loss if nothing is sampled: it is normal then. Else 0.
+    """
 
     count: int
     deviations: Floats
     masses: Floats
-    size: float  # mean absolute deviation
+    size: float
+    normal: float = 0.0
 
     def moduli_and_logs(self, frequencies: Floats) -> tuple[Floats, Complex]:
         """Modulus and logarithm of the characteristic function of one loss, each ``(n,)``."""
+        if self.normal > 0:
+            log_normal = -self.normal * frequencies**2 / 2
+            return np.exp(log_normal), log_normal.astype(np.complex128)
         angles = np.multiply.outer(frequencies, self.deviations / 2)
         sine, cosine = np.sin(angles), np.cos(angles)
         # exp(i x) - 1, so that nothing cancels where the function is near one.
         real, imaginary = -2 * (sine * sine) @ self.masses, 2 * (sine * cosine) @ self.masses
         log_modulus = 0.5 * np.log1p(
-            np.maximum(2 * real + real * real + imaginary * imaginary, -1 + 1e-300)
+            np.maximum(2 * real + real * real + imaginary * imaginary, -1 + 1e-15)
         )
         return np.exp(log_modulus), log_modulus + 1j * np.arctan2(imaginary, 1 + real)
 
@@ -52,6 +64,10 @@ def parts_up_to(
     parts = []
     for release, count in releases.items():
         sigma = release.noise_multiplier
+        if release.sampling_probability == 1:
+            none = np.empty(0)
+            parts.append(Part(count, none, none, 0.8 / sigma, normal=1 / sigma**2))
+            continue
         # The loss turns by frequency / sigma^2 per unit of output: 100 radians for 64 nodes.
         width = 100 * sigma**2 / frequency
         if 64 * (1 + 30 * sigma) / width > _MAX_NODES:
