@@ -92,7 +92,7 @@ def _epsilon(
 ) -> float:
     from scipy.signal import lfilter
 
-    if infinity_mass > delta:
+    if infinity_mass > delta or not np.isfinite(probabilities).all():
         return math.inf
     reversed_positive = probabilities[-lowest:][::-1]
     # With loss x_j at grid point j: upper_i = sum of p_j, lower_i = sum of p_j exp(x_i - x_j), j >= i;

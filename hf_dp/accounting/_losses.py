@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +40,15 @@ class SampledGaussian:
 
     sampling_probability: float
     noise_multiplier: float
+
+    @property
+    def is_symmetric(self) -> bool:
+        """Whether both directions have the same loss."""
+        return self.sampling_probability == 1
+
+    def discretised(self, direction: Direction, interval: float) -> DiscreteLoss:
+        """The loss on a grid (see `discretise`)."""
+        return discretise(self, direction, interval)
 
     def loss_range(self) -> tuple[float, float]:
         """Lowest and highest loss of the grid, in the direction "remove"."""
@@ -120,7 +129,19 @@ class DiscreteLoss:
         return moments
 
 
-def discretise(release: SampledGaussian, direction: Direction, interval: float) -> DiscreteLoss:
+class HasProfile(Protocol):
+    """A release whose delta is known, or bounded, for every epsilon >= 0 in both directions."""
+
+    def loss_range(self) -> tuple[float, float]:
+        """Lowest and highest loss of the grid, in the direction "remove"."""
+        ...
+
+    def tail(self, epsilons: Floats, direction: Direction) -> Floats:
+        """delta(epsilon) of one release, for epsilons >= 0, ``(n,)``."""
+        ...
+
+
+def discretise(release: HasProfile, direction: Direction, interval: float) -> DiscreteLoss:
     """Round the loss of one release to a grid, so that the result is never more private.
 
     Args:

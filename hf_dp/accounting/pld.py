@@ -22,12 +22,12 @@ from hf_dp.accounting._losses import (
     Direction,
     DiscreteLoss,
     SampledGaussian,
-    discretise,
 )
+from hf_dp.accounting._releases import Release, has_loss, release_of, unamplified
 from hf_dp.accounting.base import Accountant, Leaves, StepBounds, gaussian_parameters, is_gaussian
 from hf_dp.accounting.rdp import epsilon_bounds
 from hf_dp.errors import ConfigurationError, explain
-from hf_dp.events import PrivacyEvent
+from hf_dp.events import NeighboringRelation, PrivacyEvent
 
 MIN_DELTA = 1e-12
 
@@ -40,8 +40,8 @@ _MAX_COMPOSED_POINTS = 500_000
 _MAX_WIDE_POINTS = 2_000_000
 _CURVE_POINTS = 80
 
-Releases = Mapping[SampledGaussian, int]
-Grid = Callable[[SampledGaussian, Direction, float], DiscreteLoss]
+Releases = Mapping[Release, int]
+Grid = Callable[[Release, Direction, float], DiscreteLoss]
 
 
 class PLDAccountant(Accountant):
@@ -61,17 +61,18 @@ class PLDAccountant(Accountant):
     """
 
     name = "pld"
+    relations = frozenset(NeighboringRelation)
 
     def supports(self, leaf: PrivacyEvent) -> bool:
-        """Gaussian noise on a sum over all units or over a Poisson sample."""
-        return is_gaussian(leaf)
+        """Gaussian noise on a sum over all units, or over a batch of any sampler of hf_dp."""
+        return is_gaussian(leaf) or has_loss(leaf)
 
     def _epsilon(self, leaves: Leaves, delta: float) -> float:
-        releases = merged_releases(leaves)
+        releases = _releases(leaves)
         usable = _usable_delta(delta, releases)
         scale = Scale.of(releases)
         if scale.is_hopeless:
-            return float(epsilon_bounds(leaves, delta, 1, 1)[0])
+            return float(epsilon_bounds(unamplified(leaves), delta, 1, 1)[0])
         coarse = _epsilon_on_grid(releases, usable, scale.coarsest)
         interval = scale.quick_interval(coarse, accuracy=1e-3)
         near = _epsilon_on_grid(releases, usable, interval)
@@ -80,25 +81,27 @@ class PLDAccountant(Accountant):
         return _certified_epsilon(releases, usable, interval)
 
     def _quick_epsilon(self, leaves: Leaves, delta: float, near: float) -> float:
-        releases = merged_releases(leaves)
+        releases = _releases(leaves)
         usable = _usable_delta(delta, releases)
         scale = Scale.of(releases)
         if scale.is_hopeless:
-            return float(epsilon_bounds(leaves, delta, 1, 1)[0])
+            return float(epsilon_bounds(unamplified(leaves), delta, 1, 1)[0])
         return _epsilon_on_grid(releases, usable, scale.quick_interval(near, accuracy=1e-3))
 
     def _bounds(self, leaves: Leaves, delta: float, final_epsilon: float) -> StepBounds:
         """The lesser of the Rényi bound, for every count, and a staircase through some exact points."""
 
         def bounds(first: int, last: int) -> NDArray[np.float64]:
-            return np.minimum(epsilon_bounds(leaves, delta, first, last), stairs(first, last))
+            return np.minimum(
+                epsilon_bounds(unamplified(leaves), delta, first, last), stairs(first, last)
+            )
 
         def stairs(first: int, last: int) -> NDArray[np.float64]:
-            scale = Scale.of(merged_releases(leaves, last))
+            scale = Scale.of(_releases(leaves, last))
             if scale.is_hopeless:
                 return np.full(last - first + 1, np.inf)
             interval = scale.quick_interval(final_epsilon, accuracy=2e-3)
-            grid = functools.cache(discretise)
+            grid: Grid = functools.cache(_discretised)
             counts = np.unique(np.geomspace(first, last, _CURVE_POINTS).round().astype(int))
             heights = np.array([height(int(count), interval, grid) for count in counts])
             # Epsilon grows with the count, so a count's bound holds for all counts below it.
@@ -106,7 +109,7 @@ class PLDAccountant(Accountant):
             return heights[rounded_up]
 
         def height(count: int, interval: float, grid: Grid) -> float:
-            releases = merged_releases(leaves, count)
+            releases = _releases(leaves, count)
             slack = rounding_slack(sum(releases.values()))
             return _epsilon_on_grid(releases, max(delta - slack, 0.0), interval, grid)
 
@@ -130,6 +133,19 @@ def merged_releases(leaves: Leaves, num_steps: int = 1) -> dict[SampledGaussian,
             releases[SampledGaussian(sampling_probability, noise_multiplier)] = num_steps * count
     if precision > 0:
         releases[SampledGaussian(1.0, 1 / math.sqrt(precision))] = 1
+    return releases
+
+
+def _releases(leaves: Leaves, num_steps: int = 1) -> dict[Release, int]:
+    """What that many steps compose numerically, whatever the samplers."""
+    releases: dict[Release, int] = {}
+    gaussian = {leaf: count for leaf, count in leaves.items() if is_gaussian(leaf)}
+    for merged, times in merged_releases(gaussian, num_steps).items():
+        releases[merged] = times
+    for leaf, count in leaves.items():
+        if leaf not in gaussian:
+            release = release_of(leaf)
+            releases[release] = releases.get(release, 0) + num_steps * count
     return releases
 
 
@@ -177,7 +193,7 @@ class Scale:
             return cls(num_releases, width, math.inf, math.inf)
         wide = np.array([-20.0, -5.0, -1.0, 1.0, 5.0, 20.0]) / width
         windows, wide_windows = [], []
-        for parts in _discretised(releases, width / _ROUGH_POINTS).values():
+        for parts in _both_directions(releases, width / _ROUGH_POINTS).values():
             low, high = chernoff_window(log_moments(parts), TILTS)
             windows.append(max(high, -low))
             ends = [chernoff_window(n * loss.log_moments_at(wide), wide) for loss, n in parts]
@@ -216,21 +232,25 @@ class Scale:
         return max(least, min(_COARSE, wanted))
 
 
-def _discretised(
-    releases: Releases, interval: float, grid: Grid = discretise
+def _discretised(release: Release, direction: Direction, interval: float) -> DiscreteLoss:
+    return release.discretised(direction, interval)
+
+
+def _both_directions(
+    releases: Releases, interval: float, grid: Grid = _discretised
 ) -> dict[Direction, list[tuple[DiscreteLoss, int]]]:
-    """Both directions of all releases; one suffices where nothing is sampled."""
-    sampled = any(release.sampling_probability < 1 for release in releases)
+    """Both directions of all releases; one suffices where they are alike."""
+    symmetric = all(release.is_symmetric for release in releases)
     return {
         direction: [(grid(release, direction, interval), n) for release, n in releases.items()]
-        for direction in (DIRECTIONS if sampled else DIRECTIONS[:1])
+        for direction in (DIRECTIONS[:1] if symmetric else DIRECTIONS)
     }
 
 
 def _epsilon_on_grid(
-    releases: Releases, delta: float, interval: float, grid: Grid = discretise
+    releases: Releases, delta: float, interval: float, grid: Grid = _discretised
 ) -> float:
-    losses = _discretised(releases, interval, grid)
+    losses = _both_directions(releases, interval, grid)
     return max(composed_epsilon(parts, delta) for parts in losses.values())
 
 
@@ -251,6 +271,6 @@ def _certified_epsilon(releases: Releases, delta: float, interval: float) -> flo
 
     epsilons = [
         distribution(parts).get_epsilon_for_delta(delta)
-        for parts in _discretised(releases, interval).values()
+        for parts in _both_directions(releases, interval).values()
     ]
     return float(max(epsilons))
