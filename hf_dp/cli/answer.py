@@ -29,6 +29,8 @@ def show(run: PoissonRun, guarantee: Guarantee, *, as_json: bool) -> None:
         "unit": guarantee.unit,
         "relation": str(guarantee.relation),
     }
+    beside = {"lower": guarantee.lower, "estimate": guarantee.estimate}
+    facts |= {name: value for name, value in beside.items() if value is not None}
     if as_json:
         show_json(facts)
     else:
@@ -49,18 +51,27 @@ def _show_table(facts: Mapping[str, Any]) -> None:
     from rich.table import Table
 
     table = Table(box=None, show_header=False, pad_edge=False)
-    for name, value in facts.items():
-        if name not in ("is_upper_bound", "unit", "relation"):
-            table.add_row(
-                name.replace("_", " "),
-                rounded_up(value, digits=5) if name == "epsilon" else str(value),
-            )
-    kind = "a proven upper bound" if facts["is_upper_bound"] else "not proven to be an upper bound"
-    relation = str(facts["relation"]).replace("_", " ")
+    table.add_row("epsilon", rounded_up(facts["epsilon"], digits=5))
+    if "lower" in facts:
+        table.add_row("lower", f"{facts['lower']:.5g} (proven: no smaller epsilon holds)")
+    if "estimate" in facts:
+        table.add_row("estimate", f"{facts['estimate']:.5g} (bounds nothing)")
+    for name in ("delta", "noise_multiplier", "sampling_probability", "num_steps", "accountant"):
+        table.add_row(name.replace("_", " "), str(facts[name]))
     console = Console(highlight=False)
     console.print(table)
-    console.print(
-        f"Epsilon is {kind}, by accountant {facts['accountant']!r}, for neighbouring datasets that "
-        f"differ in one {facts['unit']} ({relation}), under Poisson sampling.",
-        soft_wrap=True,
+    console.print(_sentence(facts), soft_wrap=True)
+
+
+def _sentence(facts: Mapping[str, Any]) -> str:
+    relation = str(facts["relation"]).replace("_", " ")
+    about = f"neighbouring datasets that differ in one {facts['unit']} ({relation})"
+    if not facts["is_upper_bound"] and math.isinf(facts["epsilon"]):
+        return (
+            f"Accountant {facts['accountant']!r} only estimates, so no epsilon is guaranteed; the estimate "
+            f"is about {about}, under Poisson sampling."
+        )
+    kind = "a proven upper bound" if facts["is_upper_bound"] else "not proven to be an upper bound"
+    return (
+        f"Epsilon is {kind}, by accountant {facts['accountant']!r}, for {about}, under Poisson sampling."
     )

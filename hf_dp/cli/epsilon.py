@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hf_dp.cli.options import (
-    AccountantName,
+    AnyAccountantName,
     AsJson,
     Delta,
     NoiseMultiplier,
@@ -18,16 +18,16 @@ def epsilon(
     noise_multiplier: NoiseMultiplier,
     num_steps: NumSteps,
     delta: Delta,
-    accountant: AccountantName = "pld",
+    accountant: AnyAccountantName = "pld",
     as_json: AsJson = False,
 ) -> None:
     """Print the epsilon of a run with Poisson sampling and Gaussian noise."""
-    from hf_dp.accounting import accountant_named
+    from hf_dp.accounting import accountant_or_estimator_named
     from hf_dp.cli.answer import show
     from hf_dp.cli.run import PoissonRun
 
     run = PoissonRun(sampling_probability, num_steps, noise_multiplier)
-    guarantee = accountant_named(accountant).guarantee(
+    guarantee = accountant_or_estimator_named(accountant).guarantee(
         run.event(), delta=delta, unit=run.unit, relation=run.relation
     )
     show(run, guarantee, as_json=as_json)

@@ -24,6 +24,17 @@ Delta = Annotated[
     ),
 ]
 AccountantName = Annotated[
-    str, typer.Option(help="Who computes epsilon: 'pld' (tight) or 'rdp' (looser, for any delta).")
+    str,
+    typer.Option(
+        help="Who computes epsilon: 'pld' (tight), 'edgeworth' (the same, with a lower bound and an "
+        "estimate beside it) or 'rdp' (looser, for any delta)."
+    ),
+]
+AnyAccountantName = Annotated[
+    str,
+    typer.Option(
+        help="Who computes epsilon: 'pld' (tight), 'edgeworth' (the same, with a lower bound and an "
+        "estimate beside it) or 'rdp' (looser, for any delta); 'gdp' only estimates."
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from hf_dp.accounting.base import Leaves, is_gaussian
+from hf_dp.accounting.base import Accountant, Leaves, is_gaussian
 from hf_dp.accounting.edgeworth.cumulants import of_sum
 from hf_dp.accounting.edgeworth.interval import Interval, Releases, interval
 from hf_dp.accounting.edgeworth.series import ORDERS, Order, estimated_epsilon, looks_converged
@@ -51,6 +51,7 @@ class EdgeworthAccountant(PLDAccountant):
     """
 
     name = "edgeworth"
+    relations = Accountant.relations
 
     def supports(self, leaf: PrivacyEvent) -> bool:
         """Gaussian noise on a sum over all units or over a Poisson sample."""

@@ -39,6 +39,7 @@ from hf_dp.accounting.edgeworth.series import terms
 _NEGLIGIBLE = 1e-18  # modulus of f at which panels end
 _MAX_PANELS = 400
 _MAX_STEPS = 1000
+_FURTHEST = 60.0  # largest exponent of a loss whose moment is looked at
 _USELESS = 0.5  # an error of a chance that says nothing
 
 
@@ -204,19 +205,12 @@ class CharacteristicFunction:
 
     def _height(self) -> Ellipse | None:
         """The best ellipse around a panel on which f can be bounded; None if there is none."""
-        # Moments tilt the output by the exponent: so far that the nodes still hold all of it.
-        noise = min(
-            (one.noise_multiplier for one in self._releases if one.sampling_probability < 1),
-            default=math.inf,
-        )
-        reach_limit = self._scale * max(7 * noise - 1, 3 * noise)
-        found = [
-            Ellipse.at(y, self._log_moment(y))
-            for y in (3.0, 2.0, 1.5, 1.0, 0.5)
-            if y <= reach_limit
-        ]
+        reaches = (y for y in (3.0, 2.0, 1.5, 1.0, 0.5) if y <= _FURTHEST * self._scale)
+        found = [Ellipse.at(y, self._log_moment(y)) for y in reaches]
         return min(
-            found, key=lambda one: one.log_f - PANEL_NODES * math.log(one.steepness), default=None
+            (one for one in found if one.log_f < math.inf),
+            key=lambda one: one.log_f - PANEL_NODES * math.log(one.steepness),
+            default=None,
         )
 
     def _log_moment(self, y: float) -> float:
@@ -228,10 +222,13 @@ class CharacteristicFunction:
                 if release.sampling_probability == 1:
                     total += count * (y / self._scale / release.noise_multiplier) ** 2 / 2
                     continue
-                nodes = LossNodes.of(release)
+                tilt = y / self._scale  # moves the mean of the output by as much
+                nodes = LossNodes.of(release, further=tilt)
                 masses = nodes.masses("remove", large=self._large)
                 mean = float(masses @ nodes.losses)
-                exponents = sign * y / self._scale * (nodes.losses - mean)
+                exponents = sign * tilt * (nodes.losses - mean)
+                if float(np.max(exponents)) > 700:
+                    return math.inf
                 total += count * max(math.log1p(float(masses @ np.expm1(exponents))), 0.0)
             sums.append(total)
         return float(np.logaddexp(sums[0], sums[1])) + 1.0

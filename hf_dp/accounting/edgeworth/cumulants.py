@@ -38,17 +38,21 @@ class LossNodes:
 
     @classmethod
     @functools.lru_cache(maxsize=64)
-    def of(cls, release: SampledGaussian, max_width: float = math.inf) -> Self:
+    def of(
+        cls, release: SampledGaussian, max_width: float = math.inf, further: float = 0.0
+    ) -> Self:
         """Composite Gauss-Legendre quadrature over all outputs that matter.
 
         Args:
             release: What is released.
             max_width: Panels are no wider than this, for integrands that oscillate.
+            further: Go on beyond the last output that matters, for integrands that grow.
         """
         sigma = release.noise_multiplier
-        low, high = -_REACH * sigma, 1 + _REACH * sigma
+        low, high = -_REACH * sigma, 1 + _REACH * sigma + further
         # The loss has branch points at distance pi sigma^2 from the real line.
-        panels = max(24, math.ceil(40 / sigma), math.ceil((high - low) / max_width))
+        widest = min(max_width, (1 + 2 * _REACH * sigma) / max(24, math.ceil(40 / sigma)))
+        panels = math.ceil((high - low) / widest * (1 - 1e-12))
         edges = np.linspace(low, high, panels + 1)
         half, middle = np.diff(edges) / 2, (edges[1:] + edges[:-1]) / 2
         nodes, weights = np.polynomial.legendre.leggauss(_NODES)

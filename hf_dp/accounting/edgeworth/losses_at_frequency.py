@@ -14,7 +14,7 @@ from hf_dp.accounting.edgeworth.cumulants import LossNodes
 
 Complex = NDArray[np.complex128]
 
-_MAX_NODES = 200_000
+_MAX_NODES = 1_000_000
 _DROPPED = 1e-28  # masses that add up to nothing
 _LEAST_NOISE = 0.2  # below it the nodes would not reach where a density changes most
 
