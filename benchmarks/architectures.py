@@ -23,7 +23,7 @@ from hf_dp.errors import UncoveredParameterError
 
 ROOT = Path(__file__).parents[1]
 TABLE = Path(__file__).with_suffix(".md")
-FORMS = ("formula", "lookup", "vectorised", "one by one")
+FORMS = ("formula", "lookup", "experts", "vectorised", "one by one")
 
 HEADER = """\
 # Architectures
@@ -33,8 +33,8 @@ tiny configurations with random weights (`tests/engines/family_zoo.py`), {rows} 
 lengths, a clipping norm that half of the gradients exceed, the book-keeping engine.
 
 * *Modules* is how many places of the model answer for the trained parameters, by rule: a formula of the
-  layer; the lookup rule for tables with a changed forward; the generic rule, all examples at once
-  (`torch.func.vmap`) or one by one. A place that a pass did not use counts nowhere.
+  layer; the lookup rule for tables with a changed forward; the rule for fused experts; the generic rule,
+  all examples at once (`torch.func.vmap`) or one by one. A place that a pass did not use counts nowhere.
 * *Error* is the L2 distance of the clipped sum from that of a plain loop over examples in float64 or
   float32, relative to its length. Gemma 2 and 3 compute in float32 inside whatever they are given.
 * *Sequential* says that no rule covers the model, and that the engine takes one example at a time.

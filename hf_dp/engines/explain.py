@@ -23,6 +23,7 @@ from hf_dp.engines.flops import counted
 from hf_dp.engines.rows import batch_size
 from hf_dp.engines.undisturbed import undisturbed
 from hf_dp.layers.factors import Factor
+from hf_dp.layers.routed import Routed
 
 _SINGLE = 4  # bytes of a float32
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -255,6 +256,9 @@ def _cost_of_one(factor: Factor) -> tuple[str, float, float, float]:
     if values is not None:
         numbers = values[0].numel()
         return "written out", 0.0, 4.0 * numbers, _SINGLE * numbers
+    if isinstance(factor, Routed):
+        kept = factor.left.element_size() * (factor.left.numel() + factor.right.numel())
+        return "routed", 0.0, 0.0, kept / factor.num_units
     return type(factor).__name__.strip("_").lower(), 0.0, 0.0, 0.0
 
 

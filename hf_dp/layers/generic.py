@@ -1,27 +1,36 @@
 """The rule for every module without a formula: run its forward again, unit by unit, and differentiate.
 
-Three ways, of which the first that works is taken: the lookup (`hf_dp.layers.lookup`) for tables whose
-forward does more than look up; all units at once by ``torch.func.vmap``; one unit after another. Where
+The first way that works is taken: a short one for modules of a certain kind, tables whose forward does
+more than look up (`hf_dp.layers.lookup`) and fused experts (`hf_dp.layers.experts`); all units at once
+by ``torch.func.vmap``; one unit after another. Where
 the gradients of all units together would be large they are never held at once: norms are taken unit by
 unit and the gradients computed again for the sum.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from hf_dp.errors import UncoveredParameterError
 from hf_dp.layers.factors import Factor, Vec
-from hf_dp.layers.lookup import is_lookup, lookup
+from hf_dp.layers.lookup import lookup_of
+from hf_dp.layers.recognise_experts import experts_of
 from hf_dp.layers.whole import WholeCall
 
 # More numbers than this are not held for one call: 64 MB in float32.
 MOST_HELD = 1 << 24
 # What vectorised and unit by unit may differ by, relative to the larger: rounding, in any dtype.
 _AGREEMENT = 2e-2
+
+Shortcut = Callable[[WholeCall], Sequence[Factor] | None]
+# Name -> the short way for a module, or None.
+_SHORTCUTS: dict[str, Callable[[nn.Module], Shortcut | None]] = {
+    "lookup": lookup_of,
+    "experts": experts_of,
+}
 
 
 class GenericRule:
@@ -30,15 +39,16 @@ class GenericRule:
     Attributes:
         vectorises: Whether ``vmap`` can run the module; found out when it first cannot.
         repeats: Whether outputs that serve all units alike are repeated, so that gradients come apart.
-        looks_up: Whether the lookup answers for it; found out by `try_out`.
-        forms: The forms that were used: "lookup", "vectorised", "one by one", "recomputed".
+        shortcut: Name and rule of the short way for it; `try_out` finds out whether it is right.
+        forms: The forms that were used: "lookup", "experts", "vectorised", "one by one", "recomputed".
     """
 
     def __init__(self, module: nn.Module) -> None:
         """Nothing is known of `module` but its type."""
         self.vectorises = True
         self.repeats = False
-        self.looks_up = is_lookup(module)
+        found = ((name, rule_for(module)) for name, rule_for in _SHORTCUTS.items())
+        self.shortcut = next(((name, rule) for name, rule in found if rule is not None), None)
         self.forms: set[str] = set()
 
     def __call__(self, call: WholeCall) -> Iterator[tuple[nn.Parameter, Factor]]:
@@ -47,14 +57,17 @@ class GenericRule:
         yield from zip(call.parameters, factors, strict=True)
 
     def _factors(self, call: WholeCall) -> Sequence[Factor]:
-        if self.looks_up:
-            self.forms.add("lookup")
-            return [lookup(call)]
+        if self.shortcut is not None:
+            name, rule = self.shortcut
+            factors = rule(call)
+            if factors is not None:
+                self.forms.add(name)
+                return factors
         if call.num_units * call.numel > MOST_HELD:
             self.forms.add("recomputed")
             source = _PerUnit(call)
             return [Recomputed(source, index) for index in range(len(call.parameters))]
-        if self.vectorises and call.drawn is None:
+        if self.vectorises and self.shortcut is None and call.drawn is None:
             vectorised = self._vectorised(call)
             if vectorised is not None:
                 self.forms.add("vectorised")
@@ -90,19 +103,20 @@ class GenericRule:
             )
         each = [call.unit_grads(unit) for unit in range(call.num_units)]
         expected = [torch.stack(grads) for grads in zip(*each, strict=True)]
-        if self.looks_up:
-            self.looks_up = _answers(call, expected)
-        if not self.looks_up and call.num_units * call.numel <= MOST_HELD:
+        if self.shortcut is not None and not _answers(self.shortcut[1], call, expected):
+            self.shortcut = None
+        if self.shortcut is None and call.num_units * call.numel <= MOST_HELD:
             found = self._vectorised(call)
             self.vectorises = found is not None and _agree(found, expected)
 
 
-def _answers(call: WholeCall, expected: Sequence[Tensor]) -> bool:
+def _answers(rule: Shortcut, call: WholeCall, expected: Sequence[Tensor]) -> bool:
     try:
-        found = lookup(call).dense().values
+        factors = rule(call)
+        found = None if factors is None else [factor.dense().values for factor in factors]
     except (UncoveredParameterError, RuntimeError):
         return False
-    return _agree([found], expected)
+    return found is not None and _agree(found, expected)
 
 
 def _agree(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:

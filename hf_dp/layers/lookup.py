@@ -24,15 +24,16 @@ _ASKING = (Tensor.dim, Tensor.size, Tensor.is_floating_point)
 _ATTRIBUTES = (Tensor.dtype, Tensor.device, Tensor.shape)
 
 
-def is_lookup(module: nn.Module) -> bool:
-    """Whether `lookup` may answer for `module`: a table with a changed forward."""
-    return (
+def lookup_of(module: nn.Module) -> Callable[[WholeCall], list[OneHot]] | None:
+    """The rule for `module` if it is a table with a changed forward; else None."""
+    fits = (
         isinstance(module, nn.Embedding)
         and set(dict(module.named_parameters())) == {"weight"}
         and module.max_norm is None
         and not module.scale_grad_by_freq
         and not module.sparse
     )
+    return (lambda call: [lookup(call)]) if fits else None
 
 
 class _Lookups(TorchFunctionMode):

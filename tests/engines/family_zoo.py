@@ -227,6 +227,7 @@ FAMILIES: dict[str, tuple[Builder, str]] = {
         ),
         "lm",
     ),
+    "gpt-oss": (_make("GptOssForCausalLM", "GptOssConfig", **_MOE, num_local_experts=4), "lm"),
     "mamba": (
         _make(
             "MambaForCausalLM",

@@ -17,7 +17,7 @@ from hf_dp.clipping import FlatClipping
 from hf_dp.engines import BookKeepingEngine, TwoPassEngine
 from hf_dp.engines.coverage import Coverage
 from hf_dp.errors import UncoveredParameterError
-from hf_dp.layers import generic
+from hf_dp.layers import generic, lookup
 from hf_dp.layers.generic import GenericRule, Recomputed
 from hf_dp.layers.whole import WholeCall
 from hf_dp.sums import ClippedSum
@@ -188,14 +188,14 @@ def test_a_module_that_vmap_gets_wrong_is_run_one_by_one(monkeypatch: pytest.Mon
 
 def test_a_lookup_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """Planted: the lookup forgets what the forward does after it."""
-    right = generic.lookup
+    right = lookup.lookup
 
     def wrong(call: WholeCall) -> Any:
         factor = right(call)
         factor.rows = factor.rows * 2
         return factor
 
-    monkeypatch.setattr(generic, "lookup", wrong)
+    monkeypatch.setattr(lookup, "lookup", wrong)
     model, inputs = build("gemma3"), batch("gemma3")
     engine = BookKeepingEngine()
     found = engine.clipped_sum(model, inputs, example_loss=own_losses, clipping=FlatClipping(C))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_dp.layers.factors import Factor, Mat, OneHot, Total, Vec, combine, sum_of, wide
+from hf_dp.layers.routed import Routed
 
 UNITS = 4
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
@@ -35,6 +36,18 @@ def one_hot(positions: int, rows: int, width: int, seed: int = 0) -> Case:
     return OneHot(ids, values, rows), torch.einsum("btv,btd->bvd", selected, values)
 
 
+def routed(rows: int, experts: int, d: int, p: int, seed: int = 0) -> Case:
+    """Rows in any order; unit 2 has none at expert 1, and the last expert none at all."""
+    generator = torch.Generator().manual_seed(seed)
+    places = torch.randint(0, (experts - 1) * UNITS, (rows,), generator=generator)
+    places[places == UNITS + 2] = 0
+    left, right = numbers(rows, d, seed=seed + 1), numbers(rows, p, seed=seed + 2)
+    dense = left.new_zeros(UNITS, experts, d, p)
+    for place, one, other in zip(places.tolist(), left, right, strict=True):
+        dense[place % UNITS, place // UNITS] += torch.outer(one, other)
+    return Routed(left, right, places, num_experts=experts, num_units=UNITS), dense
+
+
 def vec(*shape: int, seed: int = 0) -> Case:
     values = numbers(UNITS, *shape, seed=seed)
     return Vec(values), values
@@ -55,6 +68,11 @@ CASES: dict[str, Callable[[], Case]] = {
     "one hot": lambda: one_hot(6, 50, 4),
     "one hot, all repeated": lambda: one_hot(9, 2, 4),
     "one hot of one position": lambda: one_hot(1, 5, 4),
+    "routed by Gram": lambda: routed(30, 4, 12, 14),
+    "routed written out": lambda: routed(90, 3, 2, 5),
+    "routed of both forms": lambda: routed(70, 4, 6, 5),
+    "routed of one row": lambda: routed(1, 2, 6, 5),
+    "routed twice": lambda: total(routed(9, 3, 6, 5), routed(20, 3, 6, 5, seed=7)),
     "tied by Gram": lambda: total(one_hot(6, 50, 40), mat(6, 50, 40, seed=5)),
     "tied written out": lambda: total(one_hot(6, 9, 4), mat(20, 9, 4, seed=5)),
     "three of a kind": lambda: total(vec(9, 4), one_hot(6, 9, 4), mat(5, 9, 4, seed=5)),
@@ -191,7 +209,8 @@ def test_dropped_units_leave_no_trace_even_where_they_are_not_finite() -> None:
         for part in getattr(poisoned, "parts", [poisoned]):
             for field in ("values", "left", "right", "rows"):
                 if hasattr(part, field):
-                    getattr(part, field)[1] = torch.nan
+                    mine = part.units == 1 if isinstance(part, Routed) else 1
+                    getattr(part, field)[mine] = torch.nan
         clean = poisoned.without(torch.tensor([False, True, False, False]))
         dense[1] = 0
         summed = clean.weighted_sum(torch.ones(UNITS, dtype=torch.float64))
