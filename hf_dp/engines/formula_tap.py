@@ -12,7 +12,7 @@ from hf_dp.engines.coverage import Coverage, Layout, NotTappableError, TapPoint,
 from hf_dp.engines.tap import PointTap, Recording, note_sizes
 from hf_dp.layers.base import FIRST, FOLDED, repeated
 
-EVERY_UNIT_FIRST = Layout((FIRST,), (FIRST,))
+_EVERY_UNIT_FIRST = Layout((FIRST,), (FIRST,))
 
 
 class FormulaTap(PointTap):
@@ -22,7 +22,12 @@ class FormulaTap(PointTap):
         """As `PointTap`."""
         super().__init__(record, point, coverage)
         known = self.layouts.get(None)
-        self._usual = record.num_units > 1 and not self.counts and known == EVERY_UNIT_FIRST
+        self._usual = (
+            record.num_units > 1
+            and not self.counts
+            and known is not None
+            and known.inputs == known.outputs == (FIRST,)
+        )
 
     def attach(self, stack: contextlib.ExitStack) -> None:
         if self.point.method == "forward":
@@ -119,6 +124,6 @@ def _put_back(own: dict[str, Any], replaced: Any) -> None:
 def _of_one(inputs: Tensor, output: Tensor) -> Layout:
     """All rows of a batch of one are the one's."""
     if inputs.shape[0] == 1 and output.shape[0] == 1:
-        return EVERY_UNIT_FIRST
+        return _EVERY_UNIT_FIRST
     whole = FOLDED
     return Layout((whole,), (whole,))

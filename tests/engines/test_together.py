@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from hf_dp.clipping import FlatClipping
-from hf_dp.engines import BookKeepingEngine, SequentialEngine
+from hf_dp.engines import BookKeepingEngine, SequentialEngine, engine_named
 from hf_dp.engines import together as module_under_test
+from hf_dp.engines.tap import Recording
 from hf_dp.engines.together import Waiting
+from hf_dp.layers.factors import OneHot
 from hf_dp.sums import ClippedSum
 
 BATCH = 4
@@ -185,3 +190,27 @@ def test_positions_that_cancel_are_taken_apart_in_every_layer_of_a_group() -> No
     torch.testing.assert_close(one.norms, other.norms, rtol=1e-4, atol=0)
     for name, grad in other.grads.items():
         torch.testing.assert_close(one.grads[name], grad, rtol=1e-3, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("engine", ["book_keeping", "two_pass"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_nothing_of_a_pass_is_left_when_it_is_over(
+    engine: str, fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # the graph is not Python's, so what it is in a cycle with would never be collected
+    runner, model, made = engine_named(engine), Stack(), []
+    summed(runner, model, batch(), 1.0)
+    init = Recording.__init__
+
+    def noted(self: Recording, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        made.append(weakref.ref(self))
+
+    monkeypatch.setattr(Recording, "__init__", noted)
+    if fails:
+        monkeypatch.setattr(OneHot, "squared_norm", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError) if fails else contextlib.nullcontext():
+        summed(runner, model, batch(), 1.0)
+    gc.collect()
+    assert made
+    assert not any(recording() is not None for recording in made)
