@@ -11,20 +11,24 @@ from typing import Any, ClassVar
 import pytest
 from torch import Tensor
 
+from hf_dp.accounting import flatten
 from hf_dp.clipping import ClippingPolicy, FlatClipping, LossRelease
 from hf_dp.errors import ConfigurationError
 from hf_dp.events import (
+    BallsInBins,
     Composed,
+    Continued,
     Gaussian,
     NeighboringRelation,
     PoissonSampled,
     PrivacyEvent,
     SelfComposed,
+    Shuffled,
     from_json,
 )
 from hf_dp.noise import GaussianNoise, NoiseMechanism
 from hf_dp.plan import PrivacyPlan
-from hf_dp.sampling import PoissonSampling
+from hf_dp.sampling import BallsInBinsSampling, PoissonSampling, ShuffledSampling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,3 +167,37 @@ def test_parts_that_are_no_dataclasses_are_described_by_name() -> None:
     described = plan(clipping=SumsOfParts(), noise=OtherNoise()).describe()
     assert described["noise"].endswith(".OtherNoise")
     json.dumps(described)
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "passes"), [(1, 1), (4, 1), (5, 2), (8, 2), (100, 25), (101, 26)]
+)
+def test_a_pass_that_is_not_finished_counts_whole(num_steps: int, passes: int) -> None:
+    several = plan(sampler=BallsInBinsSampling(4), num_steps=num_steps)
+    assert (several.pass_length, several.num_passes) == (4, passes)
+    assert several.event() == SelfComposed(BallsInBins(4, Gaussian(1.1)), passes)
+
+
+def test_a_pass_is_written_down_at_its_first_step() -> None:
+    several = plan(sampler=ShuffledSampling(4))
+    assert several.step_event == several.pass_event == Shuffled(4, Gaussian(1.1))
+    assert several.later_event == Continued(Shuffled(4, Gaussian(1.1)))
+    each_step = [several.step_event, *[several.later_event] * 3] * 25
+    assert flatten(each_step) == flatten(several.event()) == {Shuffled(4, Gaussian(1.1)): 25}
+
+
+def test_a_step_that_is_a_pass_is_written_down_as_itself() -> None:
+    for sampler in (PoissonSampling(0.1), ShuffledSampling(1)):
+        single = plan(sampler=sampler)
+        assert single.step_event == single.later_event == single.pass_event
+        assert single.num_passes == single.num_steps
+
+
+def test_what_the_clipping_releases_is_counted_in_every_step_of_a_pass() -> None:
+    mixed = plan(
+        sampler=ShuffledSampling(4), clipping=SumsOfParts(), noise=OtherNoise(), num_steps=8
+    )
+    assert mixed.step_event == Composed((Gaussian(9.0), Shuffled(4, Gaussian(5.0))))
+    each_step = [mixed.step_event, *[mixed.later_event] * 3] * 2
+    whole = {Gaussian(9.0): 8, Shuffled(4, Gaussian(5.0)): 2}
+    assert flatten(each_step) == flatten(mixed.event()) == whole
