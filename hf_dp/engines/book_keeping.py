@@ -6,6 +6,7 @@ Source:
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -14,6 +15,7 @@ from torch import nn
 
 from hf_dp.clipping.base import ClippingPolicy
 from hf_dp.clipping.loss import LossRelease
+from hf_dp.engines.attribution import UnprovedError
 from hf_dp.engines.base import (
     ExampleLoss,
     GradientEngine,
@@ -26,6 +28,7 @@ from hf_dp.engines.books import Books
 from hf_dp.engines.precision import full_precision
 from hf_dp.engines.recorder import Recorder
 from hf_dp.engines.rows import batch_size
+from hf_dp.engines.sequential import SequentialEngine
 from hf_dp.engines.shares import Shares, cancelling
 from hf_dp.layers.base import LayerRules
 from hf_dp.layers.recognise import DEFAULT_LAYER_RULES
@@ -55,6 +58,20 @@ class BookKeepingEngine(GradientEngine):
     ) -> ClippedSum:
         if batch_size(inputs) == 0:
             return empty_sum(model, loss_release)
+        with contextlib.suppress(UnprovedError):
+            return self._clipped_sum(model, inputs, example_loss, clipping, loss_release)
+        return SequentialEngine().clipped_sum(
+            model, inputs, example_loss=example_loss, clipping=clipping, loss_release=loss_release
+        )
+
+    def _clipped_sum(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        example_loss: ExampleLoss,
+        clipping: ClippingPolicy,
+        loss_release: LossRelease | None,
+    ) -> ClippedSum:
         books = Books()
         with self.recorder.forward(model, inputs, example_loss) as passed:
             passed.backward(books.add, on_group=books.add_group)

@@ -116,6 +116,7 @@ class Coverage:
         uncovered: Name of each trainable parameter that no tap can answer for -> why.
         axes: Module name -> kind of call -> where it has the examples; None until established.
         settled: Whether uses outside the taps were looked for.
+        proved: The kinds of graphs in which rows were seen to be the examples' own.
     """
 
     model: nn.Module
@@ -124,6 +125,7 @@ class Coverage:
     uncovered: dict[str, str] = field(default_factory=dict)
     axes: dict[str, dict[Hashable, Layout]] | None = None
     settled: bool = False
+    proved: set[frozenset[type]] = field(default_factory=set)
 
     def fits(self, model: nn.Module) -> bool:
         """Whether the model still trains the same parameters."""

@@ -11,7 +11,9 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 from hf_dp.engines.attach import recording
+from hf_dp.engines.attribution import prove
 from hf_dp.engines.base import ExampleLoss, checked_losses
+from hf_dp.engines.by_content import Graph
 from hf_dp.engines.coverage import Coverage, NotTappableError, coverage_of
 from hf_dp.engines.precision import full_precision
 from hf_dp.engines.rows import batch_size
@@ -64,6 +66,7 @@ class Recorder:
                 passed = _run(stack, coverage, model, inputs, example_loss)
             except NotTappableError:  # not as the first examples were
                 stack.close()
+                coverage.proved.clear()
                 settle(model, inputs, coverage, example_loss, deep=True)
                 passed = _run(stack, coverage, model, inputs, example_loss)
             yield passed
@@ -91,7 +94,23 @@ def _run(
     record = stack.enter_context(recording(coverage, num_units))
     losses = checked_losses(example_loss(model, inputs), num_units)
     check_folds(record, inputs, num_units)
+    _prove(coverage, record, losses)
     return Pass(coverage, record, losses, num_units)
+
+
+def _prove(coverage: Coverage, record: Recording, losses: Tensor) -> None:
+    """Prove whose row is whose: once for a kind of graph, always where content may arrange them."""
+    if record.num_units == 1 or not losses.requires_grad:
+        return
+    graph = Graph(losses, record.num_units)
+    if graph.by_content or graph.kinds not in coverage.proved:
+        try:
+            proved = prove(record, losses, hidden=graph.by_content)
+        except UsedOutsideError:
+            coverage.settled = False  # the next micro-batch is looked at anew
+            raise
+        if proved:
+            coverage.proved.add(graph.kinds)
 
 
 class Pass:

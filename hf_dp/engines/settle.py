@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_dp.engines.attach import recording
+from hf_dp.engines.attribution import prove
 from hf_dp.engines.axes import establish_axes, unexplained
 from hf_dp.engines.base import ExampleLoss, checked_losses
 from hf_dp.engines.coverage import Coverage, LayoutUnknownError, NotTappableError, TapPoint
@@ -46,7 +47,7 @@ def settle(
         UncoveredParameterError: A parameter climbed past the model itself.
     """
     units = batch_size(inputs)
-    few = select_rows(inputs, range(min(units, 2)))
+    few = select_rows(inputs, range(units if deep else min(units, 2)))
     device = next(iter(coverage.parameters.values())).device
     with kept_randomness(device):
         while True:
@@ -118,6 +119,7 @@ def _trial(
         losses = example_loss(model, few)
         if not _same(losses.detach(), plain):
             raise RuntimeError("the losses changed under taps")
+        prove(record, losses, hidden=False)
         record.backward(losses, try_out)
 
 

@@ -32,12 +32,14 @@ class Call:
         inputs: The tensors it was given.
         output_grads: The gradients of its outputs; None where nothing depends on one.
         context: What else the tap noted about the call.
+        key: The same for one call in all backward passes of a graph.
     """
 
     point: TapPoint
     inputs: tuple[Tensor, ...]
     output_grads: tuple[Tensor | None, ...]
     context: Any
+    key: int = 0
 
 
 class UsedOutsideError(UncoveredParameterError):
@@ -147,6 +149,8 @@ class _Tap(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         num_outputs = noted[3]
         ctx.noted, ctx.num_inputs = noted, len(tensors) - num_outputs
+        if not isinstance(noted[2], UnitAxis):  # what is inside is run again for each unit
+            ctx.given = [given.grad_fn for given in tensors[num_outputs:]]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors[num_outputs:])
         # returning an input would make a view and break in-place operations
@@ -157,7 +161,7 @@ class _Tap(torch.autograd.Function):
         recording, point, context, _ = ctx.noted
         inputs = tuple([saved.detach() for saved in ctx.saved_tensors])
         if any(grad is not None for grad in grads):
-            recording.on_call(Call(point, inputs, grads, context))
+            recording.on_call(Call(point, inputs, grads, context, id(ctx)))
         # the anchor's own gradient is of no use: zeros would be added up, two kernels for each call
         return None, None, *grads, *(None,) * ctx.num_inputs
 

@@ -1,0 +1,195 @@
+"""Proof that the rows of every tapped call belong to the examples to which their place gives them.
+
+A row is an example's own if its gradient depends on no other example's loss. A backward pass is linear in
+the weights of the losses, so it is run twice over one graph: once with weights of one and once with a
+power of two for each example, all different and in secret order. Multiplying by a power of two is exact
+in floating point, so the rows of an example must come out as those of the first pass times its power.
+A row of another example is off by a factor of two or more; one that mixes examples is off by at least
+half of what the others bring.
+"""
+
+from __future__ import annotations
+
+import random
+import secrets
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from hf_dp.engines.coverage import NotTappableError, TapPoint
+from hf_dp.engines.tap import Call, Recording
+from hf_dp.errors import UncoveredParameterError
+from hf_dp.layers.base import UnitAxis
+from hf_dp.layers.factors import wide
+
+_SUMS = 4  # random sums of a row; all of them miss a difference of its size once in 1e8 times
+_LEVELS, _FEW_LEVELS = 64, 4  # powers of two in one pass; float16 overflows early
+_EPSILONS = 32  # tolerance, for kernels that do not repeat their sums' order
+_MOST = 0.03
+
+
+class MixedRowsError(NotTappableError):
+    """Rows of a tapped call depend on the loss of another example than their place says."""
+
+    def __init__(self, point: TapPoint) -> None:
+        """Say which call it is."""
+        super().__init__(
+            point,
+            f"{point.described} has rows whose gradient depends on another example's loss: expected each "
+            "row to belong to the example in its place. One example's gradient would be clipped as "
+            "another's. Use engine='sequential', or freeze it.",
+        )
+
+
+class UnprovedError(UncoveredParameterError):
+    """Gradients that are not finite do not show whose they are."""
+
+    def __init__(self) -> None:
+        """Name no example."""
+        super().__init__(
+            "a model that arranges rows by what they hold: expected finite gradients, which show whose "
+            "row is whose. Without that one example's gradient cannot be told from another's. "
+            "Use engine='sequential'."
+        )
+
+
+def prove(record: Recording, losses: Tensor, *, hidden: bool) -> bool:
+    """Whether every example's rows were seen to be its own; the graph is kept.
+
+    Args:
+        record: A forward pass under taps.
+        losses: What it gave, ``(B,)``, with their graph.
+        hidden: Refuse finite losses with gradients that are not; else they leave it unproved.
+
+    Raises:
+        MixedRowsError: Some are not.
+        UnprovedError: That cannot be seen.
+    """
+    units = len(losses)
+    if units == 1 or not losses.requires_grad:
+        return True
+    proof = _Proof(units, _coarsest(losses))
+    record.backward(losses, proof.note, again=True)
+    for weights in _weights(units, losses):
+        found: dict[int, list[Tensor | None]] = {}
+        scale = wide(weights)[:, None, None]
+        record.backward(losses * weights, lambda call, to=found: proof.see(call, to), again=True)
+        proof.compare(found, scale)
+    return proof.verdict(torch.isfinite(losses.detach()), hidden=hidden)
+
+
+class _Proof:
+    """Random sums of the rows of every gradient, and what was wrong with them."""
+
+    def __init__(self, units: int, dtype: torch.dtype) -> None:
+        self.units = units
+        epsilon, tiny = torch.finfo(dtype).eps, torch.finfo(dtype).tiny
+        self._tolerance = min(_EPSILONS * epsilon, _MOST)
+        self._floor = tiny**0.8  # below it numbers underflow on the way
+        self._vectors: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
+        self._calls: dict[int, tuple[TapPoint, list[Tensor | None], list[Tensor | None]]] = {}
+        self._points: list[TapPoint] = []
+        self._mixed: list[Tensor] = []  # 0-d, for each of the points
+        self._hidden: list[Tensor] = []  # (B,)
+
+    def note(self, call: Call) -> None:
+        """The gradients of a call in the pass with weights of one."""
+        sums, lengths = [], []
+        for rows in self._rows(call):
+            sums.append(None if rows is None else self._sums(rows))
+            lengths.append(None if rows is None else _length(rows))
+        self._calls[call.key] = (call.point, sums, lengths)
+
+    def see(self, call: Call, found: dict[int, list[Tensor | None]]) -> None:
+        """The gradients of the same call in another pass."""
+        sums = [None if rows is None else self._sums(rows) for rows in self._rows(call)]
+        self._calls.setdefault(call.key, (call.point, [None] * len(sums), [None] * len(sums)))
+        found[call.key] = sums
+
+    def compare(self, found: dict[int, list[Tensor | None]], scale: Tensor) -> None:
+        """Whether all that was found is `scale`, ``(B, 1, 1)``, times what was noted."""
+        for key, (point, sums, lengths) in self._calls.items():
+            others = found.get(key, [None] * len(sums))
+            for one, length, other in zip(sums, lengths, others, strict=True):
+                if one is None and other is None:
+                    continue
+                self._compare(point, one, length, None if other is None else other / scale)
+
+    def _compare(
+        self, point: TapPoint, one: Tensor | None, length: Tensor | None, other: Tensor | None
+    ) -> None:
+        given = one if one is not None else other
+        assert given is not None
+        gap = (0 if one is None else one) - (torch.zeros_like(given) if other is None else other)
+        seen = torch.isfinite(gap)
+        allowed = self._floor if length is None else length * self._tolerance + self._floor
+        self._points.append(point)
+        self._mixed.append((seen & (gap.abs() > allowed)).any())
+        self._hidden.append(~seen.flatten(1).all(1))
+
+    def verdict(self, finite: Tensor, *, hidden: bool) -> bool:
+        """Whether all is proved, given which losses, ``(B,)``, are finite.
+
+        Raises:
+            MixedRowsError: Some row is not of the example in its place.
+            UnprovedError: `hidden`, and some row does not show whose it is.
+        """
+        if not self._points:
+            return True
+        device = finite.device
+        mixed = torch.stack([flag.to(device) for flag in self._mixed])
+        if bool(mixed.any()):
+            raise MixedRowsError(self._points[int(mixed.nonzero()[0])])
+        unseen = torch.stack([flags.to(device) for flags in self._hidden]).any(0)
+        if not bool((unseen & finite).any()):  # others add nothing, whatever their gradient
+            return not bool(unseen.any())
+        if hidden:
+            raise UnprovedError
+        return False
+
+    def _rows(self, call: Call) -> Iterator[Tensor | None]:
+        """Each gradient as ``(B, R, width)``; None where there is none, or no axis of examples."""
+        axes = [call.context] if isinstance(call.context, UnitAxis) else call.context[0].output_axes
+        for grad, axis in zip(call.output_grads, axes, strict=True):
+            if grad is None or axis.dim is None:
+                yield None  # the rule refuses a gradient without an axis
+                continue
+            first = axis.units_first(grad, self.units)
+            width = first.shape[-1] if first.dim() > 1 else 1
+            yield first.reshape(self.units, -1, width) if first.numel() else None
+
+    def _sums(self, rows: Tensor) -> Tensor:
+        key = (rows.shape[-1], rows.device, rows.dtype)
+        if key not in self._vectors:
+            generator = torch.Generator().manual_seed(secrets.randbits(63))
+            drawn = torch.randn(rows.shape[-1], _SUMS, generator=generator, dtype=torch.float32)
+            self._vectors[key] = drawn.to(rows.device, rows.dtype)
+        return wide(rows @ self._vectors[key])
+
+
+def _length(rows: Tensor) -> Tensor:
+    """Of each row, ``(B, R, 1)``."""
+    kind = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    length: Tensor = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=kind)
+    return length
+
+
+def _weights(units: int, losses: Tensor) -> Iterator[Tensor]:
+    """Powers of two, ``(B,)`` a pass, that are different for any two units in some pass."""
+    levels = _FEW_LEVELS if _coarsest(losses) == torch.float16 else _LEVELS
+    numbers = list(range(units))
+    random.SystemRandom().shuffle(numbers)
+    while any(numbers):
+        exponents = torch.tensor([float(number % levels) for number in numbers])
+        yield torch.exp2(exponents.double()).to(losses)
+        numbers = [number // levels for number in numbers]
+
+
+def _coarsest(losses: Tensor) -> torch.dtype:
+    """The dtype that rounds most among those that the pass may have computed in."""
+    kind = losses.device.type
+    seen = [losses.dtype]
+    if torch.is_autocast_enabled(kind):
+        seen.append(torch.get_autocast_dtype(kind))
+    return max(seen, key=lambda dtype: (dtype == torch.float16, torch.finfo(dtype).eps))
