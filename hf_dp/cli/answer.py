@@ -11,17 +11,27 @@ import typer
 
 from hf_dp.accounting.shown import rounded_up
 from hf_dp.cli.run import PoissonRun
+from hf_dp.cli.sampled import SampledRun
 
 if TYPE_CHECKING:
     from hf_dp.accounting import Guarantee
 
+_SAMPLINGS = {
+    "poisson": "Poisson sampling",
+    "truncated_poisson": "Poisson sampling with a cap",
+    "balls_in_bins": "balls in bins: each once in a pass, in a batch drawn for it alone",
+    "shuffled": "shuffled passes, from which privacy gains nothing",
+    "fixed_size": "sampling without replacement",
+}
 
-def show(run: PoissonRun, guarantee: Guarantee, *, as_json: bool) -> None:
+
+def show(run: PoissonRun | SampledRun, guarantee: Guarantee, *, as_json: bool) -> None:
     """Print what a run guarantees."""
     facts = {
         "epsilon": guarantee.epsilon,
         "delta": guarantee.delta,
         "noise_multiplier": run.noise_multiplier,
+        "sampling": run.sampling,
         "sampling_probability": run.sampling_probability,
         "num_steps": run.num_steps,
         "accountant": guarantee.accountant,
@@ -56,7 +66,14 @@ def _show_table(facts: Mapping[str, Any]) -> None:
         table.add_row("lower", f"{facts['lower']:.5g} (proven: no smaller epsilon holds)")
     if "estimate" in facts:
         table.add_row("estimate", f"{facts['estimate']:.5g} (bounds nothing)")
-    for name in ("delta", "noise_multiplier", "sampling_probability", "num_steps", "accountant"):
+    for name in (
+        "delta",
+        "noise_multiplier",
+        "sampling",
+        "sampling_probability",
+        "num_steps",
+        "accountant",
+    ):
         table.add_row(name.replace("_", " "), str(facts[name]))
     console = Console(highlight=False)
     console.print(table)
@@ -69,9 +86,8 @@ def _sentence(facts: Mapping[str, Any]) -> str:
     if not facts["is_upper_bound"] and math.isinf(facts["epsilon"]):
         return (
             f"Accountant {facts['accountant']!r} only estimates, so no epsilon is guaranteed; the estimate "
-            f"is about {about}, under Poisson sampling."
+            f"is about {about}, under {_SAMPLINGS[facts['sampling']]}."
         )
     kind = "a proven upper bound" if facts["is_upper_bound"] else "not proven to be an upper bound"
-    return (
-        f"Epsilon is {kind}, by accountant {facts['accountant']!r}, for {about}, under Poisson sampling."
-    )
+    drawn = _SAMPLINGS[facts["sampling"]]
+    return f"Epsilon is {kind}, by accountant {facts['accountant']!r}, for {about}, under {drawn}."

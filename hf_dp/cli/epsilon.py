@@ -6,8 +6,11 @@ from hf_dp.cli.options import (
     AnyAccountantName,
     AsJson,
     Delta,
+    MaxBatchSize,
     NoiseMultiplier,
+    NumExamples,
     NumSteps,
+    SamplingName,
     SamplingProbability,
 )
 
@@ -18,15 +21,25 @@ def epsilon(
     noise_multiplier: NoiseMultiplier,
     num_steps: NumSteps,
     delta: Delta,
+    sampling: SamplingName = "poisson",
+    num_examples: NumExamples = None,
+    max_batch_size: MaxBatchSize = None,
     accountant: AnyAccountantName = "pld",
     as_json: AsJson = False,
 ) -> None:
-    """Print the epsilon of a run with Poisson sampling and Gaussian noise."""
+    """Print the epsilon of a run with Gaussian noise."""
     from hf_dp.accounting import accountant_or_estimator_named
     from hf_dp.cli.answer import show
-    from hf_dp.cli.run import PoissonRun
+    from hf_dp.cli.sampled import run_of
 
-    run = PoissonRun(sampling_probability, num_steps, noise_multiplier)
+    run = run_of(
+        sampling,
+        sampling_probability,
+        num_steps,
+        num_examples=num_examples,
+        max_batch_size=max_batch_size,
+        noise_multiplier=noise_multiplier,
+    )
     guarantee = accountant_or_estimator_named(accountant).guarantee(
         run.event(), delta=delta, unit=run.unit, relation=run.relation
     )

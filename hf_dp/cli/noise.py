@@ -6,7 +6,16 @@ from typing import Annotated
 
 import typer
 
-from hf_dp.cli.options import AccountantName, AsJson, Delta, NumSteps, SamplingProbability
+from hf_dp.cli.options import (
+    AccountantName,
+    AsJson,
+    Delta,
+    MaxBatchSize,
+    NumExamples,
+    NumSteps,
+    SamplingName,
+    SamplingProbability,
+)
 
 
 def noise(
@@ -15,19 +24,25 @@ def noise(
     num_steps: NumSteps,
     delta: Delta,
     target_epsilon: Annotated[float, typer.Option(help="The most to spend, > 0.")],
+    sampling: SamplingName = "poisson",
+    num_examples: NumExamples = None,
+    max_batch_size: MaxBatchSize = None,
     accountant: AccountantName = "pld",
     as_json: AsJson = False,
 ) -> None:
     """Print the smallest noise multiplier that keeps epsilon within a target."""
     from hf_dp.accounting import accountant_named
     from hf_dp.cli.answer import show
-    from hf_dp.cli.run import PoissonRun
+    from hf_dp.cli.sampled import run_of
 
     chosen = accountant_named(accountant)
-    run = chosen.calibrate(
-        PoissonRun(sampling_probability, num_steps),
-        target_epsilon=target_epsilon,
-        target_delta=delta,
+    asked = run_of(
+        sampling,
+        sampling_probability,
+        num_steps,
+        num_examples=num_examples,
+        max_batch_size=max_batch_size,
     )
+    run = chosen.calibrate(asked, target_epsilon=target_epsilon, target_delta=delta)
     guarantee = chosen.guarantee(run.event(), delta=delta, unit=run.unit, relation=run.relation)
     show(run, guarantee, as_json=as_json)

@@ -37,4 +37,21 @@ AnyAccountantName = Annotated[
         "estimate beside it) or 'rdp' (looser, for any delta); 'gdp' only estimates."
     ),
 ]
+SamplingName = Annotated[
+    str,
+    typer.Option(
+        help="How batches are drawn: 'poisson', 'balls_in_bins', 'truncated_poisson', 'fixed_size' or "
+        "'shuffled' (from which privacy gains nothing)."
+    ),
+]
+NumExamples = Annotated[
+    int | None,
+    typer.Option(help="Examples in the data; for 'fixed_size' and 'truncated_poisson' only."),
+]
+MaxBatchSize = Annotated[
+    int | None,
+    typer.Option(
+        help="Cap of 'truncated_poisson'. Default: the expected batch size + 10 times its square root."
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]

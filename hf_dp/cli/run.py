@@ -32,6 +32,7 @@ class PoissonRun:
     num_steps: int
     noise_multiplier: float = 1.0
 
+    sampling: ClassVar[str] = "poisson"
     unit: ClassVar[PrivacyUnit] = "example"
     relation: ClassVar[NeighboringRelation] = NeighboringRelation.ADD_OR_REMOVE_ONE
 

@@ -36,6 +36,7 @@ def test_json_is_the_accountants_answer(hf_dp_program: Callable[..., Any], accou
         "epsilon": expected.epsilon,
         "delta": 1e-6,
         "noise_multiplier": 0.9,
+        "sampling": "poisson",
         "sampling_probability": 0.01,
         "num_steps": 500,
         "accountant": accountant,
