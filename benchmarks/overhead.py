@@ -3,7 +3,11 @@
 A deep and very narrow model: its step is almost only overhead. The difference to plain training is an
 upper bound on what a step of any model of that depth pays besides arithmetic and memory traffic.
 
-    python -m benchmarks.overhead    # seconds; keeps the result
+What an eager engine in Python cannot avoid is measured beside it: an ordinary step without weight
+gradients, once as it is and once with taps that do nothing behind every layer. What their gradients,
+norms and sums cost comes on top.
+
+    python -m benchmarks.overhead    # a minute; keeps the result
 """
 
 from __future__ import annotations
@@ -13,10 +17,13 @@ import statistics
 
 import torch
 
-from benchmarks.cases import Case
+from benchmarks.cases import Case, example_losses
 from benchmarks.counting import cost_of
 from benchmarks.step_time import RESULTS, Row, interleaved, machine
-from benchmarks.variants import ours, plain
+from benchmarks.variants import CLIPPING_NORM, Variant, ours, plain
+from hf_dp.clipping import FlatClipping
+from hf_dp.engines import BookKeepingEngine
+from hf_dp.engines.attach import recording
 
 CASES = (
     Case("bert", 64, 16, 2, layers=12),
@@ -26,16 +33,41 @@ CASES = (
 )
 
 
+def idle(case: Case) -> tuple[Variant, Variant, int]:
+    """A step without weight gradients, the same under taps that do nothing, and how many there are."""
+    model, inputs, engine = case.model(), case.batch(), BookKeepingEngine()
+    clipping = FlatClipping(CLIPPING_NORM)
+    engine.clipped_sum(model, inputs, example_loss=example_losses, clipping=clipping)
+    coverage = engine.recorder.coverage(model)
+    frozen = case.model().requires_grad_(False)
+    first = frozen.get_input_embeddings()  # type: ignore[operator]
+    first.weight.requires_grad_()  # so that gradients go all the way back
+
+    def untapped() -> object:
+        return torch.autograd.grad(example_losses(frozen, inputs).sum(), first.weight)
+
+    def tapped() -> object:
+        with recording(coverage, case.examples) as record:
+            record.backward(example_losses(model, inputs), lambda call: None)
+        return record
+
+    return Variant("untapped", untapped), Variant("tapped", tapped), len(coverage.points)
+
+
 def measure(case: Case, rounds: int = 15) -> Row:
-    """Milliseconds of a step, plain and ours, and the kernels of both."""
+    """Milliseconds of a step, plain and ours, of taps that do nothing, and the kernels of both."""
     base, private = plain(case), ours(case)
-    base_times, (times,) = interleaved(base, [private], rounds)
+    untapped, tapped, taps = idle(case)
+    base_times, (times, without, with_taps) = interleaved(base, [private, untapped, tapped], rounds)
+    idling = [mine - theirs for mine, theirs in zip(with_taps, without, strict=True)]
     difference = [mine - theirs for mine, theirs in zip(times, base_times, strict=True)]
     before, after = cost_of(base.step), cost_of(private.step)
     return {
         "case": f"{case.name}, {case.layers} layers",
         "plain_milliseconds": 1e3 * statistics.median(base_times),
         "overhead_milliseconds": 1e3 * statistics.median(difference),
+        "taps": taps,
+        "milliseconds_of_taps_that_do_nothing": 1e3 * statistics.median(idling),
         "plain_kernels": before.kernels,
         "kernels": after.kernels,
     }
