@@ -68,13 +68,13 @@ class Row:
 
 def rows() -> Iterator[Row]:
     """Every architecture in every form."""
-    zoo = importlib.import_module("family_zoo")
+    zoo, adapters = (importlib.import_module(name) for name in ("family_zoo", "adapter_zoo"))
     for family in zoo.FAMILIES:
         yield measured(family, "all", zoo.build)
         yield measured(family, "two thirds", lambda f, d: zoo.freeze_partly(zoo.build(f, d)))
-        yield measured(family, "LoRA", zoo.adapted)
+        yield measured(family, "LoRA", adapters.adapted)
     for family in ("bert", "gpt2", "llama", "t5", "opt", "swin"):
-        yield measured(family, "DoRA", lambda f, d: zoo.adapted(f, d, use_dora=True))
+        yield measured(family, "DoRA", lambda f, d: adapters.adapted(f, d, use_dora=True))
 
 
 def measured(family: str, trained: str, make: Any) -> Row:

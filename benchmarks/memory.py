@@ -3,15 +3,19 @@
 Counted, not sampled: the largest total of live tensors that the step made, gradients included, the model
 and its batch not. Deterministic, so one step of each variant is enough.
 
-    python -m benchmarks.memory                       # all cases, a few minutes; keeps the result
-    python -m benchmarks.memory --only "bert d=512"   # cases whose name contains it; keeps nothing
+    python -m benchmarks.memory                       # all cases, ten minutes
+    python -m benchmarks.memory --only "bert d=512"   # a piece: cases whose name contains it
+
+Each case is kept as soon as it is measured; a piece replaces its own cases and leaves the others, if
+they were counted with the same versions. Cases that are still missing are listed in the result.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 import torch
 
@@ -67,21 +71,37 @@ def summary(rows: Sequence[Row]) -> Row:
     return found
 
 
+def kept(path: Path, here: Row) -> dict[str, Row]:
+    """Rows of an earlier run, by case, if it was on this kind of machine with these versions."""
+    if not path.exists():
+        return {}
+    before = json.loads(path.read_text("utf-8"))
+    same = {**before["machine"], "date": None} == {**here, "date": None}
+    return {row["case"]: row for row in before["rows"]} if same else {}
+
+
+def report(rows: Mapping[str, Row], here: Row) -> Row:
+    """What is written: every row in the cases' order, and which cases have none."""
+    names = [case.name for case in (*FULL, *LORA)]
+    some = [rows[name] for name in names if name in rows]
+    missing = [name for name in names if name not in rows]
+    return {"machine": here, "summary": summary(some), "missing": missing, "rows": some}
+
+
 def main() -> None:
     """Measure, print, keep."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--only", default="", help="only cases whose name contains this")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows: list[Row] = []
-    for case in (case for case in (*FULL, *LORA) if options.only in case.name):
-        rows.append(measure(case))
-        print(*list(table(rows[-1:]))[len(rows) > 1 :], sep="\n", flush=True)
-    report = {"machine": machine(), "summary": summary(rows)}
-    print(json.dumps(report, indent=1))
-    if not options.only:
-        text = json.dumps({**report, "rows": rows}, indent=1)
-        (RESULTS / "memory.json").write_text(text + "\n", encoding="utf-8")
+    path, here = RESULTS / "memory.json", machine()
+    rows = kept(path, here) if options.only else {}
+    for number, case in enumerate(c for c in (*FULL, *LORA) if options.only in c.name):
+        rows[case.name] = measure(case)
+        print(*list(table([rows[case.name]]))[number > 0 :], sep="\n", flush=True)
+        text = json.dumps(report(rows, here), indent=1)
+        path.write_text(text + "\n", encoding="utf-8")
+    print(json.dumps(report(rows, here)["summary"], indent=1))
 
 
 if __name__ == "__main__":

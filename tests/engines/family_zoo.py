@@ -8,87 +8,24 @@ from typing import Any
 import torch
 import transformers as tf
 from engine_zoo import Batch
-from peft import (
-    IA3Config,
-    LoraConfig,
-    PrefixTuningConfig,
-    PromptTuningConfig,
-    TaskType,
-    get_peft_model,
+from tiny_settings import (
+    BRIEF,
+    CLASSES,
+    GROUPED,
+    IMAGE,
+    LENGTH,
+    MOE,
+    PAD,
+    SOUND,
+    T5,
+    TEXT,
+    TRANSLATION,
+    VOCAB,
+    WIDTH,
 )
 from torch import nn
 
-VOCAB, PAD, CLASSES, WIDTH, LENGTH, ROWS = 61, 1, 3, 16, 9, 4
-
-_TEXT: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": WIDTH,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 24,
-    "max_position_embeddings": 40,
-    "pad_token_id": PAD,
-    "bos_token_id": 0,
-    "eos_token_id": 2,
-    "num_labels": CLASSES,
-}
-_GROUPED = {**_TEXT, "num_key_value_heads": 1, "head_dim": 8}
-_MOE = {**_GROUPED, "num_experts_per_tok": 2}
-_BRIEF = {key: value for key, value in _TEXT.items() if key != "intermediate_size"}
-_TRANSLATION: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "d_model": WIDTH,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2,
-    "encoder_ffn_dim": 24,
-    "decoder_ffn_dim": 24,
-    "max_position_embeddings": 40,
-    "pad_token_id": PAD,
-    "bos_token_id": 0,
-    "eos_token_id": 2,
-    "forced_eos_token_id": 2,
-    "decoder_start_token_id": 2,
-}
-_T5 = {
-    "vocab_size": VOCAB,
-    "d_model": WIDTH,
-    "d_kv": 8,
-    "d_ff": 24,
-    "num_layers": 2,
-    "num_heads": 2,
-    "pad_token_id": PAD,
-    "eos_token_id": 2,
-    "decoder_start_token_id": PAD,
-}
-_IMAGE: dict[str, Any] = {
-    "image_size": 8,
-    "patch_size": 2,
-    "hidden_size": WIDTH,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 24,
-    "num_labels": CLASSES,
-}
-_SOUND: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": WIDTH,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 24,
-    "conv_dim": (8, 8),
-    "conv_kernel": (4, 3),
-    "conv_stride": (3, 2),
-    "num_conv_pos_embeddings": 4,
-    "num_conv_pos_embedding_groups": 2,
-    "num_feat_extract_layers": 2,
-    "classifier_proj_size": 8,
-    "num_labels": CLASSES,
-    "mask_time_prob": 0.5,  # in training; drawn by numpy
-    "mask_time_length": 2,
-    "mask_time_min_masks": 1,
-}
+ROWS = 4
 
 Builder = Callable[[], nn.Module]
 
@@ -115,21 +52,21 @@ FAMILIES: dict[str, tuple[Builder, str]] = {
         "lm",
     ),
     "opt": (
-        _make("OPTForCausalLM", "OPTConfig", **_BRIEF, ffn_dim=24, word_embed_proj_dim=WIDTH),
+        _make("OPTForCausalLM", "OPTConfig", **BRIEF, ffn_dim=24, word_embed_proj_dim=WIDTH),
         "lm",
     ),
-    "gpt_neox": (_make("GPTNeoXForCausalLM", "GPTNeoXConfig", **_TEXT), "lm"),
-    "llama": (_make("LlamaForCausalLM", "LlamaConfig", **_GROUPED), "lm"),
-    "mistral": (_make("MistralForCausalLM", "MistralConfig", **_GROUPED), "lm"),
-    "qwen2": (_make("Qwen2ForCausalLM", "Qwen2Config", **_TEXT, num_key_value_heads=1), "lm"),
-    "qwen3": (_make("Qwen3ForCausalLM", "Qwen3Config", **_GROUPED), "lm"),
-    "phi3": (_make("Phi3ForCausalLM", "Phi3Config", **_TEXT, num_key_value_heads=1), "lm"),
-    "gemma2": (_make("Gemma2ForCausalLM", "Gemma2Config", **_GROUPED), "lm"),
-    "gemma3": (_make("Gemma3ForCausalLM", "Gemma3TextConfig", **_GROUPED), "lm"),
-    "mixtral": (_make("MixtralForCausalLM", "MixtralConfig", **_MOE, num_local_experts=4), "lm"),
-    "t5": (_make("T5ForConditionalGeneration", "T5Config", **_T5), "seq2seq"),
-    "bart": (_make("BartForConditionalGeneration", "BartConfig", **_TRANSLATION), "seq2seq"),
-    "bert": (_make("BertForSequenceClassification", "BertConfig", **_TEXT), "cls"),
+    "gpt_neox": (_make("GPTNeoXForCausalLM", "GPTNeoXConfig", **TEXT), "lm"),
+    "llama": (_make("LlamaForCausalLM", "LlamaConfig", **GROUPED), "lm"),
+    "mistral": (_make("MistralForCausalLM", "MistralConfig", **GROUPED), "lm"),
+    "qwen2": (_make("Qwen2ForCausalLM", "Qwen2Config", **TEXT, num_key_value_heads=1), "lm"),
+    "qwen3": (_make("Qwen3ForCausalLM", "Qwen3Config", **GROUPED), "lm"),
+    "phi3": (_make("Phi3ForCausalLM", "Phi3Config", **TEXT, num_key_value_heads=1), "lm"),
+    "gemma2": (_make("Gemma2ForCausalLM", "Gemma2Config", **GROUPED), "lm"),
+    "gemma3": (_make("Gemma3ForCausalLM", "Gemma3TextConfig", **GROUPED), "lm"),
+    "mixtral": (_make("MixtralForCausalLM", "MixtralConfig", **MOE, num_local_experts=4), "lm"),
+    "t5": (_make("T5ForConditionalGeneration", "T5Config", **T5), "seq2seq"),
+    "bart": (_make("BartForConditionalGeneration", "BartConfig", **TRANSLATION), "seq2seq"),
+    "bert": (_make("BertForSequenceClassification", "BertConfig", **TEXT), "cls"),
     "distilbert": (
         _make(
             "DistilBertForSequenceClassification",
@@ -146,14 +83,14 @@ FAMILIES: dict[str, tuple[Builder, str]] = {
         "cls",
     ),
     "roberta": (
-        _make("RobertaForSequenceClassification", "RobertaConfig", **_TEXT, type_vocab_size=1),
+        _make("RobertaForSequenceClassification", "RobertaConfig", **TEXT, type_vocab_size=1),
         "cls",
     ),
     "deberta-v2": (
         _make(
             "DebertaV2ForSequenceClassification",
             "DebertaV2Config",
-            **_TEXT,
+            **TEXT,
             relative_attention=True,
             pos_att_type=["p2c", "c2p"],
             position_buckets=4,
@@ -165,7 +102,7 @@ FAMILIES: dict[str, tuple[Builder, str]] = {
         _make(
             "ModernBertForSequenceClassification",
             "ModernBertConfig",
-            **_TEXT,
+            **TEXT,
             cls_token_id=0,
             sep_token_id=2,
             local_attention=4,
@@ -173,14 +110,14 @@ FAMILIES: dict[str, tuple[Builder, str]] = {
         "cls",
     ),
     "albert": (
-        _make("AlbertForSequenceClassification", "AlbertConfig", **_TEXT, embedding_size=8),
+        _make("AlbertForSequenceClassification", "AlbertConfig", **TEXT, embedding_size=8),
         "cls",
     ),
     "electra": (
-        _make("ElectraForSequenceClassification", "ElectraConfig", **_TEXT, embedding_size=8),
+        _make("ElectraForSequenceClassification", "ElectraConfig", **TEXT, embedding_size=8),
         "cls",
     ),
-    "mpnet": (_make("MPNetForSequenceClassification", "MPNetConfig", **_TEXT), "cls"),
+    "mpnet": (_make("MPNetForSequenceClassification", "MPNetConfig", **TEXT), "cls"),
     "xlnet": (
         _make(
             "XLNetForSequenceClassification",
@@ -195,7 +132,7 @@ FAMILIES: dict[str, tuple[Builder, str]] = {
         ),
         "cls",
     ),
-    "phi": (_make("PhiForCausalLM", "PhiConfig", **_TEXT), "lm"),
+    "phi": (_make("PhiForCausalLM", "PhiConfig", **TEXT), "lm"),
     "gpt_neo": (
         _make(
             "GPTNeoForCausalLM",
@@ -209,7 +146,7 @@ FAMILIES: dict[str, tuple[Builder, str]] = {
         ),
         "lm",
     ),
-    "falcon": (_make("FalconForCausalLM", "FalconConfig", **_BRIEF), "lm"),
+    "falcon": (_make("FalconForCausalLM", "FalconConfig", **BRIEF), "lm"),
     "bloom": (
         _make(
             "BloomForCausalLM",
@@ -223,11 +160,11 @@ FAMILIES: dict[str, tuple[Builder, str]] = {
     ),
     "qwen3-moe": (
         _make(
-            "Qwen3MoeForCausalLM", "Qwen3MoeConfig", **_MOE, num_experts=4, moe_intermediate_size=8
+            "Qwen3MoeForCausalLM", "Qwen3MoeConfig", **MOE, num_experts=4, moe_intermediate_size=8
         ),
         "lm",
     ),
-    "gpt-oss": (_make("GptOssForCausalLM", "GptOssConfig", **_MOE, num_local_experts=4), "lm"),
+    "gpt-oss": (_make("GptOssForCausalLM", "GptOssConfig", **MOE, num_local_experts=4), "lm"),
     "mamba": (
         _make(
             "MambaForCausalLM",
@@ -241,23 +178,23 @@ FAMILIES: dict[str, tuple[Builder, str]] = {
         ),
         "lm",
     ),
-    "m2m": (_make("M2M100ForConditionalGeneration", "M2M100Config", **_TRANSLATION), "seq2seq"),
+    "m2m": (_make("M2M100ForConditionalGeneration", "M2M100Config", **TRANSLATION), "seq2seq"),
     "pegasus": (
-        _make("PegasusForConditionalGeneration", "PegasusConfig", **_TRANSLATION),
+        _make("PegasusForConditionalGeneration", "PegasusConfig", **TRANSLATION),
         "seq2seq",
     ),
-    "vit": (_make("ViTForImageClassification", "ViTConfig", **_IMAGE), "image"),
+    "vit": (_make("ViTForImageClassification", "ViTConfig", **IMAGE), "image"),
     "beit": (
         _make(
             "BeitForImageClassification",
             "BeitConfig",
-            **_IMAGE,
+            **IMAGE,
             use_relative_position_bias=True,
             layer_scale_init_value=0.5,
         ),
         "image",
     ),
-    "dinov2": (_make("Dinov2ForImageClassification", "Dinov2Config", **_IMAGE), "image"),
+    "dinov2": (_make("Dinov2ForImageClassification", "Dinov2Config", **IMAGE), "image"),
     "swin": (
         _make(
             "SwinForImageClassification",
@@ -287,13 +224,13 @@ FAMILIES: dict[str, tuple[Builder, str]] = {
         ),
         "image",
     ),
-    "wav2vec2": (_make("Wav2Vec2ForSequenceClassification", "Wav2Vec2Config", **_SOUND), "sound"),
-    "hubert": (_make("HubertForSequenceClassification", "HubertConfig", **_SOUND), "sound"),
+    "wav2vec2": (_make("Wav2Vec2ForSequenceClassification", "Wav2Vec2Config", **SOUND), "sound"),
+    "hubert": (_make("HubertForSequenceClassification", "HubertConfig", **SOUND), "sound"),
     "whisper": (
         _make(
             "WhisperForConditionalGeneration",
             "WhisperConfig",
-            **{k: v for k, v in _TRANSLATION.items() if k != "max_position_embeddings"},
+            **{k: v for k, v in TRANSLATION.items() if k != "max_position_embeddings"},
             num_mel_bins=4,
             max_source_positions=8,
             max_target_positions=12,
@@ -303,33 +240,6 @@ FAMILIES: dict[str, tuple[Builder, str]] = {
         "mel",
     ),
 }
-
-# family -> layers that LoRA adapts
-LORA = {
-    "gpt2": ["c_attn", "c_proj"],
-    "gpt_neox": ["query_key_value", "dense"],
-    "phi3": ["qkv_proj", "down_proj"],
-    "t5": ["q", "v", "wo"],
-    "bert": ["query", "dense"],
-    "electra": ["query", "dense"],
-    "roberta": ["query", "value"],
-    "albert": ["query", "ffn"],
-    "distilbert": ["q_lin", "lin1"],
-    "deberta-v2": ["query_proj", "dense"],
-    "modernbert": ["Wqkv", "Wo"],
-    "mpnet": ["q", "dense"],
-    "xlnet": ["layer_1", "layer_2"],
-    "phi": ["q_proj", "fc1"],
-    "falcon": ["query_key_value", "dense_h_to_4h"],
-    "bloom": ["query_key_value", "dense"],
-    "mamba": ["in_proj", "x_proj"],
-    "vit": ["q_proj", "fc1"],
-    "beit": ["q_proj", "fc1"],
-    "dinov2": ["query", "fc1"],
-    "swin": ["q_proj", "fc1"],
-    "convnext": ["pwconv1", "pwconv2"],
-}
-_USUAL = ["q_proj", "v_proj", "k_proj"]
 
 
 def build(family: str, dtype: torch.dtype = torch.float32, *, training: bool = False) -> nn.Module:
@@ -341,45 +251,17 @@ def build(family: str, dtype: torch.dtype = torch.float32, *, training: bool = F
             module.config.use_cache = False  # as training does
     if dtype is torch.float64:  # the grouped product of experts has no such kernel
         model.config._experts_implementation = "eager"
-    _stir(model)
+    stir(model)
     return model.to(dtype).train(training)
 
 
-def _stir(model: nn.Module) -> None:
+def stir(model: nn.Module) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1 and parameter.requires_grad:
                 parameter.normal_(std=0.2)
             elif parameter.requires_grad:
                 parameter.add_(0.05 * torch.randn_like(parameter))
-
-
-def adapted(family: str, dtype: torch.dtype = torch.float32, **more: Any) -> nn.Module:
-    """The model with LoRA, B not at its initial zero; `more` as for ``LoraConfig``."""
-    config = LoraConfig(
-        r=2, target_modules=LORA.get(family, _USUAL), fan_in_fan_out=family == "gpt2", **more
-    )
-    model = get_peft_model(build(family, dtype), config)
-    _stir(model)
-    return model.to(dtype).eval()
-
-
-def with_ia3(family: str, targets: list[str], feedforward: list[str]) -> nn.Module:
-    """The model with IA3's vectors."""
-    config = IA3Config(target_modules=targets, feedforward_modules=feedforward)
-    model = get_peft_model(build(family), config)
-    _stir(model)
-    return model.eval()
-
-
-def with_prompt(family: str, kind: str) -> nn.Module:
-    """The model with learned prompts or prefixes."""
-    task = {"lm": TaskType.CAUSAL_LM, "cls": TaskType.SEQ_CLS, "seq2seq": TaskType.SEQ_2_SEQ_LM}
-    cls = {"prompt": PromptTuningConfig, "prefix": PrefixTuningConfig}[kind]
-    config = cls(task_type=task[FAMILIES[family][1]], num_virtual_tokens=3)
-    model = get_peft_model(build(family), config)
-    _stir(model)
-    return model.eval()
 
 
 def freeze_partly(model: nn.Module) -> nn.Module:

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from adapter_zoo import adapted
 from engine_zoo import Batch, assert_same_sum, own_losses
-from family_zoo import adapted, batch, build
+from family_zoo import batch, build
 from torch import Tensor, nn
 from torch.nn import functional as F
 from toy_nets import C, Net, data, squares

@@ -6,16 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from adapter_zoo import adapted, with_ia3, with_prompt
 from engine_zoo import Batch, assert_same_sum, half_clipped, naive, own_losses
-from family_zoo import (
-    FAMILIES,
-    adapted,
-    batch,
-    build,
-    freeze_partly,
-    with_ia3,
-    with_prompt,
-)
+from family_zoo import FAMILIES, batch, build, freeze_partly
 from torch import Tensor, nn
 
 from hf_dp.clipping import FlatClipping

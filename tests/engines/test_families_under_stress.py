@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from adapter_zoo import adapted
 from engine_zoo import Batch, assert_same_sum, difference, length, naive, own_losses
-from family_zoo import adapted, batch, build
+from family_zoo import batch, build
 from influence import ROUNDING
 from torch import Tensor, nn
 

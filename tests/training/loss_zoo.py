@@ -8,30 +8,19 @@ from typing import Any
 
 import torch
 import transformers as tf
+from tiny_settings import CLASSES, LENGTH, PAD, SMALL, T5, TRANSLATION, VOCAB, WIDTH
 from torch import Tensor, nn
 
-VOCAB, PAD, CLASSES, WIDTH, BATCH, LENGTH = 61, 1, 3, 16, 5, 9
-
-_SMALL = {
-    "vocab_size": VOCAB,
-    "hidden_size": WIDTH,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 24,
-    "max_position_embeddings": 40,
-    "pad_token_id": PAD,
-    "bos_token_id": 0,
-    "eos_token_id": 2,
-}
+BATCH = 5
 
 
 def _bert(cls: type, **more: Any) -> nn.Module:
-    return cls(tf.BertConfig(**_SMALL, num_labels=more.pop("num_labels", CLASSES), **more))
+    return cls(tf.BertConfig(**SMALL, num_labels=more.pop("num_labels", CLASSES), **more))
 
 
 def _roberta(cls: type, **more: Any) -> nn.Module:
     more.setdefault("num_labels", CLASSES)
-    return cls(tf.RobertaConfig(**_SMALL, type_vocab_size=1, **more))
+    return cls(tf.RobertaConfig(**SMALL, type_vocab_size=1, **more))
 
 
 def _distilbert(cls: type, **more: Any) -> nn.Module:
@@ -66,49 +55,20 @@ def _gpt2(cls: type, **more: Any) -> nn.Module:
 
 
 def _llama_like(config: type, cls: type) -> nn.Module:
-    return cls(config(**_SMALL, num_key_value_heads=1, head_dim=8, num_labels=CLASSES))
+    return cls(config(**SMALL, num_key_value_heads=1, head_dim=8, num_labels=CLASSES))
 
 
 def _opt() -> nn.Module:
-    small = {k: v for k, v in _SMALL.items() if k != "intermediate_size"}
+    small = {k: v for k, v in SMALL.items() if k != "intermediate_size"}
     return tf.OPTForCausalLM(tf.OPTConfig(**small, ffn_dim=24, word_embed_proj_dim=WIDTH))
 
 
 def _t5() -> nn.Module:
-    config = tf.T5Config(
-        vocab_size=VOCAB,
-        d_model=WIDTH,
-        d_kv=8,
-        d_ff=24,
-        num_layers=2,
-        num_heads=2,
-        pad_token_id=PAD,
-        eos_token_id=2,
-        decoder_start_token_id=PAD,
-    )
-    return tf.T5ForConditionalGeneration(config)
+    return tf.T5ForConditionalGeneration(tf.T5Config(**T5))
 
 
 def _bart(cls: type, config: type = tf.BartConfig) -> nn.Module:
-    return cls(
-        config(
-            vocab_size=VOCAB,
-            d_model=WIDTH,
-            encoder_layers=2,
-            decoder_layers=2,
-            encoder_attention_heads=2,
-            decoder_attention_heads=2,
-            encoder_ffn_dim=24,
-            decoder_ffn_dim=24,
-            max_position_embeddings=40,
-            pad_token_id=PAD,
-            bos_token_id=0,
-            eos_token_id=2,
-            forced_eos_token_id=2,
-            decoder_start_token_id=2,
-            num_labels=CLASSES,
-        )
-    )
+    return cls(config(**TRANSLATION, num_labels=CLASSES))
 
 
 # name -> (builder, kind of labels)

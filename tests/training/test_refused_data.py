@@ -199,3 +199,29 @@ def test_constants_may_be_put_into_buffers_anew(tmp_path: Path) -> None:
     model.dropout = Table()
     trainer_for(tmp_path, model=model).train()
     assert read_ledger(tmp_path / LEDGER_NAME).num_releases == 6
+
+
+def test_batches_from_elsewhere_are_refused(tmp_path: Path) -> None:
+    trainer = trainer_for(tmp_path)
+    with pytest.raises(PrivacyError, match="train"):
+        trainer.training_step(trainer.model, collate([Sentences()[0]]))
+    trainer.get_train_dataloader = lambda: torch.utils.data.DataLoader(  # type: ignore[method-assign]
+        Sentences(), batch_size=4, collate_fn=collate
+    )
+    with pytest.raises(PrivacyError, match="LogicalBatch"):
+        trainer.train()
+    assert read_ledger(tmp_path / LEDGER_NAME).num_releases == 0
+
+
+def test_data_that_changes_after_train_began_is_refused(tmp_path: Path) -> None:
+    """A model_init that swaps the data would draw from another population than the ledger's."""
+    trainer = trainer_for(tmp_path, model_init=lambda: tiny_bert())
+
+    def swap() -> Any:
+        trainer.train_dataset = Sentences(20)
+        return tiny_bert()
+
+    trainer.model_init = swap
+    with pytest.raises(PrivacyError, match="with which train"):
+        trainer.train()
+    assert read_ledger(tmp_path / LEDGER_NAME).num_releases == 0

@@ -1,0 +1,118 @@
+"""When a step takes each example alone: a loss without a fast form, padding that shows in the loss."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_runs import Sentences, collate, trainer_for
+from torch import Tensor
+from torch.nn import functional as F
+
+from hf_dp import DPTrainer
+from hf_dp.engines import SequentialEngine
+from hf_dp.errors import ConfigurationError
+from hf_dp.training.batches import LogicalBatchCollator
+
+
+def test_a_loss_without_fast_form_is_taken_one_example_at_a_time(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def odd(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        return 3.0 * F.cross_entropy(outputs.logits, labels) + outputs.logits.square().mean()
+
+    trainer = trainer_for(tmp_path, compute_loss_func=odd)
+    trainer.train()
+    assert isinstance(trainer.engine, SequentialEngine)
+    assert "one example at a time" in caplog.text
+
+
+def pad_left(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    batch = collate(rows)
+    for index, row in enumerate(rows):
+        unused = batch["input_ids"].shape[1] - len(row["input_ids"])
+        for name in ("input_ids", "attention_mask"):
+            batch[name][index] = batch[name][index].roll(unused)
+    return batch
+
+
+def test_padding_on_the_left_is_refused(tmp_path: Path) -> None:
+    """It shifts absolute positions, so a batch mate's length would change a gradient."""
+    with pytest.raises(ConfigurationError, match="padding on the right"):
+        trainer_for(tmp_path / "a", data_collator=pad_left).train()
+    alone = {"per_device_train_batch_size": 1}
+    trainer_for(tmp_path / "b", data_collator=pad_left, host=alone).train()
+
+
+def test_a_loss_that_depends_on_the_padding_is_taken_on_each_example_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A mean over padding, too: then every example is collated by itself, whatever was drawn."""
+
+    def careless(model: Any, inputs: Any) -> Tensor:
+        embedded = model.bert.embeddings.word_embeddings(inputs["input_ids"]).mean(1)
+        return F.cross_entropy(9 * model.classifier(embedded), inputs["labels"], reduction="none")
+
+    trainer = trainer_for(tmp_path, example_loss=careless, dp={"engine": "sequential"})
+    loader = trainer.get_train_dataloader()
+    assert "changes with its neighbours or their padding" in caplog.text
+    assert all(len(m["labels"]) == 1 for batch in loader for m in batch.micro_batches)
+    trainer.train()
+
+
+def test_no_real_example_decides_which_loss_is_used(tmp_path: Path) -> None:
+    """A choice made on drawn examples would let one of them switch the loss of all the others."""
+
+    class Weighted(DPTrainer):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            logits = model(
+                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]
+            ).logits
+            return F.cross_entropy(logits, inputs["labels"], weight=torch.tensor([1.0, 5.0]))
+
+    class OneLabel(Sentences):
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            return {**super().__getitem__(index), "labels": 0}
+
+    for dataset in (Sentences(), OneLabel()):
+        trainer = trainer_for(tmp_path, cls=Weighted, train_dataset=dataset)
+        trainer.get_train_dataloader()
+        assert isinstance(trainer.engine, SequentialEngine)
+        ordinary = trainer_for(tmp_path, train_dataset=dataset)
+        ordinary.get_train_dataloader()
+        assert not isinstance(ordinary.engine, SequentialEngine)
+
+
+def test_without_a_mask_every_example_is_collated_by_itself(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def unmasked(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        batch = collate(rows)
+        del batch["attention_mask"]
+        return batch
+
+    trainer = trainer_for(tmp_path, data_collator=unmasked)
+    trainer.train()
+    assert "changes with its neighbours or their padding" in caplog.text
+    assert all(
+        len(m["labels"]) == 1
+        for batch in trainer.get_train_dataloader()
+        for m in batch.micro_batches
+    )
+
+
+def test_padding_that_nothing_marks_is_refused() -> None:
+    def unmasked(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        return {"input_ids": collate(rows)["input_ids"]}
+
+    data = Sentences()
+    collator = LogicalBatchCollator(unmasked, 4, "input_ids")
+    with pytest.raises(ConfigurationError, match="attention_mask"):
+        collator([data[index] for index in range(8)])
+    hidden = LogicalBatchCollator(
+        lambda texts: unmasked([data[int(t)] for t in texts]), 4, "input_ids"
+    )
+    with pytest.raises(ConfigurationError, match="attention_mask"):
+        hidden(["1", "2", "3", "4"])
