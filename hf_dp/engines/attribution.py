@@ -10,6 +10,7 @@ half of what the others bring.
 
 from __future__ import annotations
 
+import functools
 import random
 import secrets
 from collections.abc import Iterator
@@ -74,7 +75,7 @@ def prove(record: Recording, losses: Tensor, *, hidden: bool) -> bool:
     for weights in _weights(units, losses):
         found: dict[int, list[Tensor | None]] = {}
         scale = wide(weights)[:, None, None]
-        record.backward(losses * weights, lambda call, to=found: proof.see(call, to), again=True)
+        record.backward(losses * weights, functools.partial(proof.see, found), again=True)
         proof.compare(found, scale)
     return proof.verdict(torch.isfinite(losses.detach()), hidden=hidden)
 
@@ -101,7 +102,7 @@ class _Proof:
             lengths.append(None if rows is None else _length(rows))
         self._calls[call.key] = (call.point, sums, lengths)
 
-    def see(self, call: Call, found: dict[int, list[Tensor | None]]) -> None:
+    def see(self, found: dict[int, list[Tensor | None]], call: Call) -> None:
         """The gradients of the same call in another pass."""
         sums = [None if rows is None else self._sums(rows) for rows in self._rows(call)]
         self._calls.setdefault(call.key, (call.point, [None] * len(sums), [None] * len(sums)))

@@ -25,6 +25,11 @@ _MOVING = (
 _FILLING = ("IndexFill", "ConstantPad", "ReflectionPad", "ReplicationPad", "CircularPad")
 _HARMLESS_PACKAGES = ("bitsandbytes.", "torch.utils.checkpoint", "transformers.models.bloom.")
 
+# Which of these a reshape becomes depends on strides and on who is looking.
+_RESHAPING = frozenset(
+    {"ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "CloneBackward0"}
+)
+
 _KINDS: dict[type, bool] = {}  # kind of node -> whether its name is one of those
 
 
@@ -57,7 +62,7 @@ class Graph:
                 if after not in seen:
                     seen.add(after)
                     waiting.append(after)
-        self.kinds = frozenset(kinds)
+        self.kinds = frozenset(kind for kind in kinds if kind.__name__ not in _RESHAPING)
 
 
 def _before(node: Any) -> list[Any]:

@@ -44,10 +44,6 @@ def clipped_sum(
     The result is PRIVATE until noise of standard deviation ``noise_multiplier * clipping_norm`` is
     added to every coordinate; accounting, sampling and the ledger are then yours.
 
-    A model that picks rows by their content, such as ``head(h[ids == MARKER])``, needs
-    ``engine="sequential"``: if each of the first examples has one such row and later ones have not, rows
-    may be credited to the wrong example.
-
     Args:
         model: Trainable parameters are those with ``requires_grad``; its mode is left as it is.
         batch: What the model takes, labels included; tensors have the examples first, ``(B, ...)``.

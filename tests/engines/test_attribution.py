@@ -1,0 +1,180 @@
+"""Rows picked, sorted or joined by content: never credited to another example, in any later batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from engine_zoo import Batch, assert_same_sum, length, naive
+from influence import ROUNDING, clipped, joined, without
+from torch import Tensor, nn
+
+from hf_dp.clipping import FlatClipping
+from hf_dp.engines import BookKeepingEngine, GradientEngine, TwoPassEngine, engine_named
+from hf_dp.engines.by_content import Graph
+
+MARKER, C = 7, 0.1
+
+
+class Picks(nn.Module):
+    """A head on the hidden states of marker tokens, added to that of the first token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.body = nn.Embedding(50, 8), nn.Linear(8, 8)
+        self.head, self.other = nn.Linear(8, 3), nn.Linear(8, 3)
+        self.double()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden = torch.tanh(self.body(self.table(ids)))
+        found, who = self.picked(hidden, ids)
+        return self.other(hidden[:, 0]).index_add(0, who, torch.tanh(self.head(found)))
+
+    def picked(self, hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        marked = ids == MARKER
+        return hidden[marked], marked.nonzero()[:, 0]
+
+
+class ByIndices(Picks):
+    def picked(self, hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        who, where = (ids == MARKER).nonzero(as_tuple=True)
+        return hidden.flatten(0, 1).index_select(0, who * ids.shape[1] + where), who
+
+
+class ByLooping(Picks):
+    def picked(self, hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        places = [(b, t) for b, row in enumerate(ids.tolist()) for t, i in enumerate(row) if i == 7]
+        rows = [hidden[b, t] for b, t in places]
+        return torch.stack(rows or [hidden[:0, 0].sum(0)])[: len(rows)], torch.tensor(
+            [b for b, _ in places], dtype=torch.long
+        )
+
+
+class ByTop(Picks):
+    """The tokens on top of an order over the whole batch."""
+
+    def picked(self, hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        score = (ids == MARKER).double().flatten()
+        places = score.sort(descending=True, stable=True).indices[: int(score.sum())]
+        return hidden.flatten(0, 1)[places], places // ids.shape[1]
+
+
+class Sorted(Picks):
+    """Examples sorted by how many markers they have, and put back."""
+
+    def picked(self, hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        order = (ids == MARKER).sum(1).argsort(stable=True, descending=True)
+        return hidden[order, 1], order
+
+
+KINDS = [Picks, ByIndices, ByLooping, ByTop, Sorted]
+ENGINES = [BookKeepingEngine, TwoPassEngine]
+
+
+def marked(*counts: int) -> Batch:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(8, 50, (len(counts), 6), generator=generator)
+    for row, count in zip(ids, counts, strict=True):
+        row[1 : 1 + count] = MARKER
+    return {"ids": ids}
+
+
+def losses(model: nn.Module, inputs: Batch) -> Tensor:
+    out: Tensor = model(**inputs)
+    return out.square().sum(1)
+
+
+def picked_losses(model: nn.Module, inputs: Batch) -> Tensor:
+    """The loss picks rows, too."""
+    out: Tensor = model(**inputs)
+    who = inputs["ids"][:, 1:].eq(MARKER).nonzero()[:, 0]
+    return out[:, 0].square().index_add(0, who, out[who, 1].square())
+
+
+def check_all(engine: GradientEngine, model: nn.Module, loss: Any, batches: list[Batch]) -> None:
+    for inputs in batches:
+        found = engine.clipped_sum(model, inputs, example_loss=loss, clipping=FlatClipping(C))
+        assert_same_sum(found, naive(model, inputs, C, loss), 1e-10)
+
+
+LATER = [marked(1, 1, 1, 1), marked(2, 0, 1, 1), marked(0, 2), marked(1, 1, 1)]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_picked_by_content_are_the_examples_own(kind: Any, engine: Any) -> None:
+    check_all(engine(), kind(), losses, LATER)
+    check_all(engine(), kind(), losses, LATER[1:])
+
+
+@pytest.mark.parametrize("kind", [Picks, Sorted])
+def test_losses_that_pick_rows_are_the_examples_own(kind: Any) -> None:
+    check_all(engine_named("auto"), kind(), picked_losses, LATER)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_removing_an_example_moves_the_sum_by_no_more_than_the_norm(kind: Any) -> None:
+    model, engine, inputs = kind(), BookKeepingEngine(), marked(2, 0, 1, 1)
+    engine.clipped_sum(model, LATER[0], example_loss=losses, clipping=FlatClipping(C))
+
+    def summed(inputs: Batch) -> dict[str, Tensor]:
+        found = engine.clipped_sum(model, inputs, example_loss=losses, clipping=FlatClipping(C))
+        return joined(found)
+
+    whole = summed(inputs)
+    rest = [summed(without(inputs, index)) for index in range(4)]
+    for sums in rest:
+        assert length({k: whole[k] - sums[k] for k in whole}) <= C * ROUNDING
+
+
+@pytest.mark.parametrize("kind", [Picks, ByIndices, ByLooping, ByTop])
+def test_without_the_proof_rows_are_credited_to_others(
+    kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planted: nobody proves anything. Then a later batch's sum is wrong."""
+    monkeypatch.setattr("hf_dp.engines.recorder.prove", lambda *_, **__: True)
+    engine, model = BookKeepingEngine(), kind()
+    with pytest.raises(AssertionError):
+        check_all(engine, model, losses, LATER[:2])
+
+
+@pytest.mark.parametrize("kind", [Picks, ByIndices, ByLooping, ByTop])
+def test_a_proof_for_the_first_batch_only_is_not_enough(
+    kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planted: no operation is said to arrange rows by content."""
+    monkeypatch.setattr("hf_dp.engines.by_content._arranges", lambda *_: False)
+    engine, model = BookKeepingEngine(), kind()
+    with pytest.raises(AssertionError):
+        check_all(engine, model, losses, LATER[:2])
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_gradients_that_are_not_finite_do_not_hide_whose_they_are(engine: Any) -> None:
+    """An example with a finite loss and an infinite gradient adds nothing, and hides nobody's row."""
+
+    def rooted(model: nn.Module, inputs: Batch) -> Tensor:
+        out = losses(model, inputs)
+        return out + ((inputs["ids"][:, 0] != 0) + 0 * out).sqrt()
+
+    chosen, model, inputs = engine(), Picks(), marked(2, 0, 1, 1)
+    check_all(chosen, model, rooted, LATER[:1])
+    inputs["ids"][:, 0] = torch.tensor([0, 9, 9, 9])
+
+    def summed(inputs: Batch) -> dict[str, Tensor]:
+        found = chosen.clipped_sum(model, inputs, example_loss=rooted, clipping=FlatClipping(C))
+        return joined(found)
+
+    whole, alone = summed(inputs), naive(model, without(inputs, 0), C, rooted)
+    assert length({k: whole[k] - alone.grads[k] for k in whole}) <= C * ROUNDING
+
+
+def test_each_example_s_own_row_by_index_is_no_arrangement() -> None:
+    hidden = torch.randn(4, 6, 8, requires_grad=True).tanh()
+    own, last = torch.arange(4), torch.tensor([1, 5, 0, 2])
+    assert not Graph(hidden[own, last].sum(1), 4).by_content
+    assert Graph(hidden[own.flip(0), last].sum(1), 4).by_content
+    assert not Graph(hidden[:, :3].flatten(1).gather(1, last[:, None])[:, 0], 4).by_content
+    assert clipped("auto", Picks(), marked(1, 1), losses).norms.shape == (2,)
