@@ -52,6 +52,8 @@ def most_steps(
         whole = SelfComposed(step, int(count))
         return accountant.guarantee(whole, delta=target_delta, relation=relation).epsilon
 
+    if _or_inf(lambda: certified(MOST_STEPS)) <= target_epsilon:
+        return MOST_STEPS
     if certified(1) > target_epsilon:
         raise _unaffordable("num_steps", target_epsilon, "one step", "Use more noise.")
 

@@ -9,6 +9,7 @@ import pytest
 
 from hf_dp.accounting import (
     ACCOUNTANTS,
+    EdgeworthAccountant,
     Guarantee,
     PLDAccountant,
     RDPAccountant,
@@ -32,7 +33,9 @@ from hf_dp.events import (
 STEP = PoissonSampled(0.01, Gaussian(1.0))
 OTHER = PoissonSampled(0.02, Gaussian(2.0))
 EACH = pytest.mark.parametrize(
-    "accountant", [PLDAccountant(), RDPAccountant()], ids=lambda a: a.name
+    "accountant",
+    [PLDAccountant(), EdgeworthAccountant(), RDPAccountant()],
+    ids=lambda a: a.name,
 )
 
 
@@ -140,7 +143,9 @@ def test_events_without_a_proven_cost_are_refused(
 
 def test_a_refusal_names_the_accountants_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PLDAccountant, "supports", lambda self, leaf: False)
-    with pytest.raises(UnsupportedEventError, match=r"Accountants that can cost it: rdp\."):
+    with pytest.raises(
+        UnsupportedEventError, match=r"Accountants that can cost it: edgeworth, rdp\."
+    ):
         PLDAccountant().guarantee(STEP, delta=1e-5)
 
 
@@ -148,7 +153,7 @@ def test_a_refusal_names_the_accountants_that_can(monkeypatch: pytest.MonkeyPatc
 def test_replacing_one_is_refused(accountant: base.Accountant) -> None:
     # The sensitivity is then twice the clipping norm, and dp-accounting's RDP does not double it.
     relation = NeighboringRelation.REPLACE_ONE
-    with pytest.raises(UnsupportedEventError, match=r"relation='replace_one'.*sensitivity"):
+    with pytest.raises(UnsupportedEventError, match=r"relation='replace_one'.*sampler"):
         accountant.guarantee(STEP, delta=1e-5, relation=relation)
     with pytest.raises(UnsupportedEventError, match="replace_one"):
         accountant.curve(STEP, num_steps=3, delta=1e-5, relation=relation)
@@ -186,10 +191,11 @@ def test_nan_never_leaves(accountant: base.Accountant, monkeypatch: pytest.Monke
         accountant.guarantee(STEP, delta=1e-5)
 
 
-@pytest.mark.parametrize("epsilon", [math.nan, -1e-9])
-def test_a_guarantee_is_a_number(epsilon: float) -> None:
-    with pytest.raises(PrivacyError, match=r"Guarantee\.epsilon"):
-        Guarantee(epsilon, 1e-5, True, "pld")
+@pytest.mark.parametrize("value", [math.nan, -1e-9])
+@pytest.mark.parametrize("field", ["epsilon", "lower", "estimate"])
+def test_a_guarantee_is_made_of_numbers(field: str, value: float) -> None:
+    with pytest.raises(PrivacyError, match=rf"Guarantee\.{field}="):
+        Guarantee(**{"epsilon": 1.0, field: value}, delta=1e-5, is_upper_bound=True, accountant="x")
 
 
 def test_parameters_are_only_read_from_gaussians() -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from hf_dp.accounting import Accountant, PLDAccountant, RDPAccountant
+from hf_dp.accounting import Accountant, EdgeworthAccountant, PLDAccountant, RDPAccountant
 from hf_dp.accounting.calibrate import LEAST_NOISE, smallest_noise
 from hf_dp.errors import ConfigurationError, UnsupportedEventError
 from hf_dp.events import (
@@ -24,7 +24,9 @@ from hf_dp.events import (
 )
 
 EACH = pytest.mark.parametrize(
-    "accountant", [PLDAccountant(), RDPAccountant()], ids=lambda a: a.name
+    "accountant",
+    [PLDAccountant(), EdgeworthAccountant(), RDPAccountant()],
+    ids=lambda a: a.name,
 )
 
 

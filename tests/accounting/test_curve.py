@@ -10,7 +10,13 @@ import numpy as np
 import pytest
 from scipy.special import ndtr
 
-from hf_dp.accounting import Accountant, EpsilonCurve, PLDAccountant, RDPAccountant
+from hf_dp.accounting import (
+    Accountant,
+    EdgeworthAccountant,
+    EpsilonCurve,
+    PLDAccountant,
+    RDPAccountant,
+)
 from hf_dp.accounting import pld as pld_module
 from hf_dp.errors import ConfigurationError
 from hf_dp.events import Composed, Gaussian, PoissonSampled, PrivacyEvent, SelfComposed
@@ -18,7 +24,9 @@ from hf_dp.events import Composed, Gaussian, PoissonSampled, PrivacyEvent, SelfC
 STEP = PoissonSampled(0.01, Gaussian(1.0))
 PAIR = Composed((PoissonSampled(0.01, Gaussian(10.0)), PoissonSampled(0.01, Gaussian(1.2))))
 EACH = pytest.mark.parametrize(
-    "accountant", [PLDAccountant(), RDPAccountant()], ids=lambda a: a.name
+    "accountant",
+    [PLDAccountant(), EdgeworthAccountant(), RDPAccountant()],
+    ids=lambda a: a.name,
 )
 Exact = Callable[..., float]
 

@@ -39,6 +39,7 @@ from hf_dp.accounting.edgeworth.series import terms
 _NEGLIGIBLE = 1e-18  # modulus of f at which panels end
 _MAX_PANELS = 400
 _MAX_STEPS = 1000
+_MAX_WORK = 12_000_000  # values of the integrand of one loss; more is given up as hopeless
 _FURTHEST = 60.0  # largest exponent of a loss whose moment is looked at
 _USELESS = 0.5  # an error of a chance that says nothing
 
@@ -56,6 +57,7 @@ class CharacteristicFunction:
         self.cumulants = of_sum(releases, "remove", large=large)
         self._scale = math.sqrt(self.cumulants.variance)
         self._parts: dict[int, list[Part] | None] = {}
+        self._work = 0
 
     def error_bounds(self) -> dict[int, float]:
         """Upper bounds on the error of the series of orders 1, 2 and 3; inf where none is found."""
@@ -127,13 +129,19 @@ class CharacteristicFunction:
 
     def _step(self, parts: list[Part], moduli: list[float]) -> tuple[float, float]:
         """How far to go from a frequency, and the log of a bound on the modulus up to there."""
-        logs = [part.count * math.log(min(m, 1.0)) for part, m in zip(parts, moduli, strict=True)]
-        strongest = int(np.argmin(logs))
-        part, modulus = parts[strongest], min(moduli[strongest], 1.0)
-        step = max((modulus**0.6 - modulus) / part.size, 1e-12)
-        bound = sum(
-            part.count * math.log(min(m + part.size * step, 1.0))
+        sampled = [
+            (part.count, min(m, 1.0), part.size)
             for part, m in zip(parts, moduli, strict=True)
+            if part.normal == 0
+        ]
+        _, modulus, size = min(sampled, key=lambda one: one[0] * math.log(one[1]))
+        step = max((modulus**0.6 - modulus) / size, 1e-12)
+        bound = sum(count * math.log(min(m + size * step, 1.0)) for count, m, size in sampled)
+        # The modulus of a normal loss only falls.
+        bound += sum(
+            part.count * math.log(min(m, 1.0))
+            for part, m in zip(parts, moduli, strict=True)
+            if part.normal > 0
         )
         return step * self._scale, bound
 
@@ -180,7 +188,7 @@ class CharacteristicFunction:
 
     def _values(self, nodes: Floats) -> tuple[Complex, Floats] | None:
         """The function at standardised frequencies, and how far rounding can have moved it."""
-        parts = self._at(float(nodes[-1]))
+        parts = self._at(float(nodes[-1]), len(nodes))
         if parts is None:
             return None
         frequencies = nodes / self._scale
@@ -194,14 +202,17 @@ class CharacteristicFunction:
         values = np.exp(logs)
         return values, np.abs(values) * np.expm1(np.minimum(slack, 50.0)) + 1e-30
 
-    def _at(self, u: float) -> list[Part] | None:
+    def _at(self, u: float, num_points: int = 1) -> list[Part] | None:
         """The losses at nodes dense enough for frequencies up to `u`; None if there were too many."""
         level = max(3, math.ceil(math.log2(u)))
         if level not in self._parts:
             self._parts[level] = parts_up_to(
                 self._releases, 2.0**level / self._scale, large=self._large
             )
-        return self._parts[level]
+        parts = self._parts[level]
+        if parts is not None:
+            self._work += num_points * sum(len(part.masses) for part in parts)
+        return parts if self._work <= _MAX_WORK else None
 
     def _height(self) -> Ellipse | None:
         """The best ellipse around a panel on which f can be bounded; None if there is none."""

@@ -87,8 +87,10 @@ def theorem_distance(releases: Releases, *, large: bool) -> float:
 def _distances(releases: Releases, *, large: bool) -> Distances:
     bounds = CharacteristicFunction(dict(releases), large=large).error_bounds()
     found: Distances = {1: bounds[1], 2: bounds[2], 3: bounds[3]}
-    if math.isinf(found[1]):  # otherwise it is the sharpest bound of this kind that there can be
-        found[1] = theorem_distance(releases, large=large)
+    if math.isinf(found[1]) and len(releases) == 1:  # what can be said without looking
+        ((release, count),) = releases
+        moments = absolute_moments(release, "remove", large=large)
+        found[1] = bound_without_regularity(Standardised.of(moments, count))
     return {
         order: bound * (1 + 1e-9) + _SLACK for order, bound in found.items() if bound < math.inf
     }

@@ -35,10 +35,8 @@ def correction(cumulants: Cumulants, order: Order, t: Floats) -> Floats:
         The expansion by powers of the inverse root of the number of terms, in probabilists' Hermite
         polynomials: Feller (1971), volume II, chapter XVI.
     """
-    three, four, five = (
-        cumulants.skewness,
-        cumulants.excess_kurtosis,
-        cumulants.standardised_fifth,
+    three, four, five = np.array(  # numpy's numbers overflow to inf, Python's raise
+        [cumulants.skewness, cumulants.excess_kurtosis, cumulants.standardised_fifth]
     )
     square = t * t
     total = np.zeros_like(t)

@@ -148,7 +148,10 @@ def _small_frequencies(loss: Standardised, eta: float) -> float:
         + 32 * eta * skew**2 / math.sqrt(four * n)
         + 16 * math.sqrt(2) * four**0.25 * skew * eta**1.5 / n**0.75
     )
-    e2 = math.exp(eta**2 * (1 / 6 + 1 / (2 * slope) + 2 * p2 / (576 * slope)))
+    exponent = eta**2 * (1 / 6 + 1 / (2 * slope) + 2 * p2 / (576 * slope))
+    if exponent > 700:
+        return math.inf
+    e2 = math.exp(exponent)
     b = four / 12 + 1 / (4 * slope) + p2 / (576 * slope)
     gamma = math.gamma
     rest = (
