@@ -1,0 +1,110 @@
+"""What the rule for fused experts costs, next to an ordinary step and to the generic rule.
+
+A small Mixtral, its experts in their eager form (the FLOPs of grouped products are not counted): times
+are process time, interleaved, medians of the rounds.
+
+    python -m benchmarks.experts    # about a minute; keeps the result
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from statistics import median
+from typing import Any
+from unittest import mock
+
+import torch
+import transformers as tf
+from torch import Tensor, nn
+
+from benchmarks.cases import example_losses
+from benchmarks.counting import cost_of
+from benchmarks.step_time import RESULTS, machine
+from hf_dp.clipping import FlatClipping
+from hf_dp.engines import BookKeepingEngine
+from hf_dp.layers import generic
+
+EXAMPLES, POSITIONS, ROUNDS = 8, 128, 5
+
+
+def model() -> nn.Module:
+    """Two layers of width 256, eight experts of width 512, two of them for each token."""
+    torch.manual_seed(0)
+    config = tf.MixtralConfig(
+        vocab_size=256,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        use_cache=False,
+    )
+    config._experts_implementation = "eager"
+    made: nn.Module = tf.MixtralForCausalLM(config)
+    return made.train()
+
+
+def private(net: nn.Module, inputs: Mapping[str, Any], *, rule: bool) -> Callable[[], object]:
+    """A clipped sum, with or without the rule for experts."""
+    engine = BookKeepingEngine()
+
+    def step() -> object:
+        return engine.clipped_sum(
+            net, inputs, example_loss=example_losses, clipping=FlatClipping(0.1)
+        )
+
+    removed = {} if rule else {"experts": lambda _: None}
+    with mock.patch.dict(generic._SHORTCUTS, removed):
+        step()  # which rule it takes is found out here
+    return step
+
+
+def main() -> None:
+    """Measure, print, keep."""
+    torch.set_num_threads(1)
+    net = model()
+    parameters = list(net.parameters())
+    ids = torch.randint(3, 256, (EXAMPLES, POSITIONS))
+    inputs: dict[str, Tensor] = {"input_ids": ids, "labels": ids}
+
+    def plain() -> object:
+        return torch.autograd.grad(example_losses(net, inputs).sum(), parameters, allow_unused=True)
+
+    steps = {
+        "plain": plain,
+        "experts rule": private(net, inputs, rule=True),
+        "generic rule": private(net, inputs, rule=False),
+    }
+    costs = {name: cost_of(step) for name, step in steps.items()}
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(ROUNDS):
+        for name, step in steps.items():
+            begun = time.process_time()
+            step()
+            times[name].append(time.process_time() - begun)
+    rows = {
+        name: {
+            "time": median(a / b for a, b in zip(times[name], times["plain"], strict=True)),
+            **costs[name].over(costs["plain"]),
+        }
+        for name in steps
+    }
+    report = {
+        "machine": machine(),
+        "case": f"mixtral d=256 E=8 k=2 T={POSITIONS} B={EXAMPLES}",
+        "rounds": ROUNDS,
+        "plain_seconds": median(times["plain"]),
+        "over_plain": rows,
+    }
+    text = json.dumps(report, indent=1)
+    print(text)
+    (RESULTS / "experts.json").write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
