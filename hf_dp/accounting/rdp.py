@@ -92,7 +92,7 @@ def _divergences(sampling_probability: float, noise_multiplier: float) -> NDArra
 
     release = dp_accounting.GaussianDpEvent(noise_multiplier)
     accountant = RdpAccountant(ORDERS)
-    with _without_convergence_warnings():
+    with without_convergence_warnings():
         accountant.compose(dp_accounting.PoissonSampledDpEvent(sampling_probability, release))
     divergences = np.asarray(accountant.rdp, dtype=np.float64)
     # Rounding can push a divergence near zero below it; that would read as perfect privacy.
@@ -102,7 +102,7 @@ def _divergences(sampling_probability: float, noise_multiplier: float) -> NDArra
 
 
 @contextmanager
-def _without_convergence_warnings() -> Iterator[None]:
+def without_convergence_warnings() -> Iterator[None]:
     """Where dp-accounting's series does not converge it warns and leaves that order out, safely."""
 
     def wanted(record: logging.LogRecord) -> bool:

@@ -25,8 +25,10 @@ _SAMPLINGS = {
 }
 
 
-def show(run: PoissonRun | SampledRun, guarantee: Guarantee, *, as_json: bool) -> None:
-    """Print what a run guarantees."""
+def show(
+    run: PoissonRun | SampledRun, guarantee: Guarantee, *, as_json: bool, **more: float
+) -> None:
+    """Print what a run guarantees, and `more` facts about it."""
     facts = {
         "epsilon": guarantee.epsilon,
         "delta": guarantee.delta,
@@ -40,7 +42,7 @@ def show(run: PoissonRun | SampledRun, guarantee: Guarantee, *, as_json: bool) -
         "relation": str(guarantee.relation),
     }
     beside = {"lower": guarantee.lower, "estimate": guarantee.estimate}
-    facts |= {name: value for name, value in beside.items() if value is not None}
+    facts |= {name: value for name, value in beside.items() if value is not None} | more
     if as_json:
         show_json(facts)
     else:
@@ -63,7 +65,10 @@ def _show_table(facts: Mapping[str, Any]) -> None:
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_row("epsilon", rounded_up(facts["epsilon"], digits=5))
     if "lower" in facts:
-        table.add_row("lower", f"{facts['lower']:.5g} (proven: no smaller epsilon holds)")
+        table.add_row(
+            "lower",
+            f"{math.floor(facts['lower'] * 1e4) / 1e4:g} (proven: no smaller epsilon holds)",
+        )
     if "estimate" in facts:
         table.add_row("estimate", f"{facts['estimate']:.5g} (bounds nothing)")
     for name in (

@@ -6,11 +6,15 @@ import sys
 
 import typer
 
+from hf_dp.cli.batch_size import batch_size
 from hf_dp.cli.demo import demo
 from hf_dp.cli.epsilon import epsilon
+from hf_dp.cli.ew_tune import ew_tune
 from hf_dp.cli.explain import explain
 from hf_dp.cli.noise import noise
 from hf_dp.cli.report import report
+from hf_dp.cli.steps import steps
+from hf_dp.cli.tuning import tuning
 from hf_dp.errors import HfDpError
 
 app = typer.Typer(
@@ -21,7 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (epsilon, noise, report, explain, demo):
+for command in (epsilon, noise, steps, batch_size, tuning, ew_tune, report, explain, demo):
     app.command()(command)
 
 

@@ -23,6 +23,7 @@ Delta = Annotated[
         help="Chance with which epsilon may fail to hold; less than 1 / number of examples."
     ),
 ]
+TargetEpsilon = Annotated[float, typer.Option(help="The most to spend, > 0.")]
 AccountantName = Annotated[
     str,
     typer.Option(
