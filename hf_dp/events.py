@@ -3,7 +3,7 @@
 A mechanism and a sampler *emit* events, the ledger *stores* them, an accountant *reads* them; none of
 the three needs to know another. Rules of evolution: never remove an event, never change the meaning
 of a field, new fields are optional. The names follow dp-accounting's ``DpEvent``s, to which those
-that it has can be converted (``hf_dp.accounting.as_dp_event``), so that a ledger can be replayed there.
+that it has can be converted (``hf_dp.accounting.dp_events``), so that a ledger can be replayed there.
 """
 
 from __future__ import annotations

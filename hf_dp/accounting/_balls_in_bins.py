@@ -25,6 +25,7 @@ _COARSEST = 0.01
 _FINENESS = 2e-4  # the grid may add this part of the variance of a mean, times 10 / 6 at most
 _QUANTILE = 8.8  # chances below exp(-41) at either end are moved to zero, or to an infinite loss
 _NEGLIGIBLE = 1e-19  # of every partial sum
+_BEYOND_NUMBERS = 300.0  # nats
 _SHORT = 24  # kernels up to this length are faster added up one by one
 
 # What rounding in floating point can do, generously: to a value, and to a probability. Values get ten
@@ -150,44 +151,64 @@ def lognormal(noise_multiplier: float, interval: float) -> GridSum:
 
 def added(one: GridSum, other: GridSum) -> GridSum:
     """The sum of two independent sums on one grid, rounded to that grid without a change of mean."""
+    h = one.interval
     first = min(one.first, other.first)
     last = max(one.first + len(one.probabilities), other.first + len(other.probabilities)) - 1
-    reach = math.ceil(math.log(2) / one.interval) + 1
-    sums = np.zeros(last - first + 1 + reach)
     p, q = (np.zeros(last - first + 1) for _ in range(2))
     p[one.first - first :][: len(one.probabilities)] = one.probabilities
     q[other.first - first :][: len(other.probabilities)] = other.probabilities
-    sums[: len(p)] += other.zero * p + one.zero * q
-    _add_pairs(sums, p, q, one.interval, least=0)
-    _add_pairs(sums, q, p, one.interval, least=1)
-    lost = one.lost + other.lost
-    return GridSum(one.interval, first, sums, one.zero * other.zero, lost).trimmed()
+    sums, base = _room_for_pairs(len(p), h)
+    _add_pairs(sums, base, p, q, h, least=0)
+    _add_pairs(sums, base, q, p, h, least=1)
+    zero = one.zero * other.zero + _add_singles(sums, base, other.zero * p + one.zero * q, h)
+    return GridSum(h, first + base, sums, zero, one.lost + other.lost).trimmed()
 
 
 def doubled(one: GridSum) -> GridSum:
     """`added` to an independent copy of itself, in half the time."""
-    p = one.probabilities
-    reach = math.ceil(math.log(2) / one.interval) + 1
-    sums = np.zeros(len(p) + reach)
-    _add_pairs(sums, p, p, one.interval, least=1)
-    sums[: len(p)] += one.zero * p
+    h, p = one.interval, one.probabilities
+    sums, base = _room_for_pairs(len(p), h)
+    _add_pairs(sums, base, p, p, h, least=1)
     sums *= 2
+    zero = one.zero**2 + _add_singles(sums, base, 2 * one.zero * p, h)
     # Equal values: log 2 above each.
-    step = math.floor(math.log(2) / one.interval)
-    upper = math.expm1(math.log(2) - step * one.interval) / math.expm1(one.interval)
-    sums[step : step + len(p)] += (1 - upper) * p**2
-    sums[step + 1 : step + 1 + len(p)] += upper * p**2
-    return GridSum(one.interval, one.first, sums, one.zero**2, 2 * one.lost).trimmed()
+    step = math.floor(math.log(2) / h)
+    upper = math.expm1(math.log(2) - step * h) / math.expm1(h)
+    sums[step - base :][: len(p)] += (1 - upper) * p**2
+    sums[step - base + 1 :][: len(p)] += upper * p**2
+    return GridSum(h, one.first + base, sums, zero, 2 * one.lost).trimmed()
 
 
-def _add_pairs(sums: Floats, small: Floats, large: Floats, h: float, *, least: int) -> None:
+def _room_for_pairs(n: int, h: float) -> tuple[Floats, int]:
+    """Zeros for the sums of pairs of `n` grid points, and how far above the first point they begin."""
+    base = math.floor(math.log1p(math.exp(-n * h)) / h)
+    return np.zeros(n + math.ceil(math.log(2) / h) + 1 - base), base
+
+
+def _add_singles(sums: Floats, base: int, chances: Floats, h: float) -> float:
+    """Add values alone, as their partner is 0; those below the sums' first go there, or to 0.
+
+    Returns:
+        The chance that went to 0.
+    """
+    sums[: max(len(chances) - base, 0)] += chances[base:]
+    low = chances[:base]
+    raised = low * np.exp((np.arange(len(low)) - base) * h)
+    sums[0] += raised.sum()
+    return float((low - raised).sum())
+
+
+def _add_pairs(
+    sums: Floats, base: int, small: Floats, large: Floats, h: float, *, least: int
+) -> None:
     """Add all pairs whose `large` value is at least `least` grid points above the `small` one.
 
     The sum of values e^(i h) and e^((i + d) h) is e^((i + d) h) (1 + e^(-d h)): how far it lies above
     the larger one depends on d alone, so pairs with the same rounding are added together.
 
     Args:
-        sums: What is added to, ``(n + reach,)``.
+        sums: What is added to; its first value lies `base` grid points above that of the others.
+        base: See `sums`.
         small: Chances of the smaller values, ``(n,)``.
         large: Chances of the larger values on the same grid, ``(n,)``.
         h: Interval of the grid.
@@ -218,8 +239,9 @@ def _add_pairs(sums: Floats, small: Floats, large: Floats, h: float, *, least: i
             raised = np.convolve(partners, uppers[start:stop])[: n - nearest]
             kept = np.convolve(partners, 1 - uppers[start:stop])[: n - nearest]
         values = large[nearest:]
-        sums[nearest + step : n + step] += values * kept
-        sums[nearest + step + 1 : n + step + 1] += values * raised
+        start_at = nearest + step - base
+        sums[start_at : start_at + len(values)] += values * kept
+        sums[start_at + 1 : start_at + 1 + len(values)] += values * raised
         if step == 0:
             return
 
@@ -265,6 +287,9 @@ class BallsInBinsPass:
 
     def loss_range(self) -> tuple[float, float]:
         """Lowest and highest loss of the grid, in the direction "remove"."""
+        alone = _QUANTILE / self.noise_multiplier + 0.5 / self.noise_multiplier**2
+        if alone > _BEYOND_NUMBERS:  # exponentials would overflow, and nothing is protected
+            return -alone, alone
         logs = self._sum.logs - math.log(self.num_batches)
         return float(logs[0]), float(logs[-1])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -147,9 +148,9 @@ def test_a_pair_that_gains_mean_is_seen(monkeypatch: pytest.MonkeyPatch) -> None
     """The planted fault: values rounded down instead of spread, which would look more private."""
     real = _balls_in_bins._add_pairs
 
-    def lossy(sums: Floats, small: Floats, large: Floats, h: float, *, least: int) -> None:
+    def lossy(sums: Floats, *args: Any, **options: Any) -> None:
         scratch = np.zeros_like(sums)
-        real(scratch, small, large, h, least=least)
+        real(scratch, *args, **options)
         sums[:-1] += scratch[1:]
 
     sum_of_lognormals.cache_clear()

@@ -1,0 +1,72 @@
+"""A ledger's events, replayed in dp-accounting."""
+
+from __future__ import annotations
+
+import dp_accounting
+import pytest
+from dp_accounting import NeighboringRelation as Theirs
+from dp_accounting.pld import PLDAccountant as TheirPLD
+from dp_accounting.rdp import RdpAccountant as TheirRDP
+
+from hf_dp.accounting import accountant_named
+from hf_dp.accounting.dp_events import as_dp_event
+from hf_dp.errors import UnsupportedEventError
+from hf_dp.events import (
+    BallsInBins,
+    Composed,
+    Continued,
+    Gaussian,
+    NeighboringRelation,
+    NonPrivate,
+    PoissonSampled,
+    PrivacyEvent,
+    SampledWithoutReplacement,
+    SelfComposed,
+    Shuffled,
+    TruncatedPoissonSampled,
+)
+
+LEDGERS: list[list[PrivacyEvent]] = [
+    [SelfComposed(PoissonSampled(0.01, Gaussian(1.0)), 100), Gaussian(5.0)],
+    [
+        Composed(
+            (Shuffled(4, Gaussian(3.0)), SelfComposed(Continued(Shuffled(4, Gaussian(3.0))), 3))
+        )
+    ],
+    [SelfComposed(TruncatedPoissonSampled(1000, 0.1, 170, Gaussian(2.0)), 50)],
+]
+
+
+@pytest.mark.parametrize("events", LEDGERS, ids=lambda events: str(events[0])[:40])
+def test_a_replayed_ledger_has_the_same_epsilon(events: list[PrivacyEvent]) -> None:
+    relation = NeighboringRelation.REPLACE_SPECIAL
+    ours = accountant_named("pld").guarantee(events, delta=1e-5, relation=relation).epsilon
+    theirs = TheirPLD(Theirs.REPLACE_SPECIAL, value_discretization_interval=1e-3)
+    theirs.compose(as_dp_event(events))
+    assert ours == pytest.approx(theirs.get_epsilon(1e-5), rel=5e-3)
+
+
+def test_without_replacement_the_noise_is_relative_to_twice_the_norm() -> None:
+    event = SelfComposed(SampledWithoutReplacement(10_000, 100, Gaussian(1.0)), 1000)
+    theirs = TheirRDP(neighboring_relation=Theirs.REPLACE_ONE)
+    theirs.compose(as_dp_event(event))
+    assert theirs.get_epsilon(1e-6) == pytest.approx(23.29, abs=5e-3)
+    ours = accountant_named("pld").guarantee(
+        event, delta=1e-6, relation=NeighboringRelation.REPLACE_ONE
+    )
+    assert 15.48 < ours.epsilon < theirs.get_epsilon(1e-6)
+
+
+def test_what_is_not_private_is_not_private_there_either() -> None:
+    theirs = TheirPLD(Theirs.ADD_OR_REMOVE_ONE)
+    theirs.compose(as_dp_event([Gaussian(1.0), NonPrivate("exact")]))
+    assert theirs.get_epsilon(1e-5) == float("inf")
+
+
+def test_nothing_released_costs_nothing() -> None:
+    assert as_dp_event([]) == dp_accounting.ComposedDpEvent([])
+
+
+def test_what_dp_accounting_lacks_is_refused() -> None:
+    with pytest.raises(UnsupportedEventError, match=r"as_dp_event\.event=BallsInBins"):
+        as_dp_event(SelfComposed(BallsInBins(5, Gaussian(1.0)), 3))
