@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from hf_dp.accounting.shown import rounded_up
+from hf_dp.accounting.shown import rounded_down, rounded_up
 from hf_dp.cli.run import PoissonRun
 from hf_dp.cli.sampled import SampledRun
 
@@ -65,10 +65,8 @@ def _show_table(facts: Mapping[str, Any]) -> None:
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_row("epsilon", rounded_up(facts["epsilon"], digits=5))
     if "lower" in facts:
-        table.add_row(
-            "lower",
-            f"{math.floor(facts['lower'] * 1e4) / 1e4:g} (proven: no smaller epsilon holds)",
-        )
+        down = rounded_down(facts["lower"], digits=5)
+        table.add_row("lower", f"{down} (proven: no smaller epsilon holds)")
     if "estimate" in facts:
         table.add_row("estimate", f"{facts['estimate']:.5g} (bounds nothing)")
     for name in (

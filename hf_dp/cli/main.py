@@ -7,6 +7,7 @@ import sys
 import typer
 
 from hf_dp.cli.batch_size import batch_size
+from hf_dp.cli.compare import compare
 from hf_dp.cli.demo import demo
 from hf_dp.cli.epsilon import epsilon
 from hf_dp.cli.ew_tune import ew_tune
@@ -25,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (epsilon, noise, steps, batch_size, tuning, ew_tune, report, explain, demo):
+for command in (epsilon, noise, steps, batch_size, tuning, compare, ew_tune, report, explain, demo):
     app.command()(command)
 
 

@@ -81,7 +81,18 @@ def test_the_installed_program_is_this_one() -> None:
 def test_help_names_every_subcommand(hf_dp_program: Callable[..., Any]) -> None:
     answer = hf_dp_program("--help")
     assert answer.code == 0
-    for name in ("epsilon", "noise", "report", "explain", "demo"):
+    for name in (
+        "epsilon",
+        "noise",
+        "steps",
+        "batch-size",
+        "tuning",
+        "compare",
+        "ew-tune",
+        "report",
+        "explain",
+        "demo",
+    ):
         assert name in answer.out
         assert hf_dp_program(name, "--help").code == 0
 
