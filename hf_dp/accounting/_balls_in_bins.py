@@ -22,6 +22,7 @@ import numpy as np
 from hf_dp.accounting._losses import Direction, DiscreteLoss, Floats
 
 _COARSEST = 0.01
+_FINEST = 2e-6  # a bound for epsilons as small as this need not be tight
 _FINENESS = 2e-4  # the grid may add this part of the variance of a mean, times 10 / 6 at most
 _QUANTILE = 8.8  # chances below exp(-41) at either end are moved to zero, or to an infinite loss
 _NEGLIGIBLE = 1e-19  # of every partial sum
@@ -216,34 +217,44 @@ def _add_pairs(
     """
     from scipy.signal import lfilter
 
-    n = len(large)
-    ratios = np.exp(-np.arange(least, n) * h)
+    (s0, s1), (l0, l1) = _support(small), _support(large)
+    closest = max(least, l0 - s1 + 1)
+    ratios = np.exp(-np.arange(closest, l1 - s0) * h)
     steps = np.floor(np.log1p(ratios) / h).astype(int)
     growth = math.expm1(h)
     # The sum is between grid points; its mean is kept by this chance of the upper one.
     uppers = np.clip((1 + ratios - np.exp(steps * h)) / (np.exp(steps * h) * growth), 0.0, 1.0)
     bounds = [0, *(np.flatnonzero(np.diff(steps)) + 1).tolist(), len(ratios)]
-    for start, stop in itertools.pairwise(bounds):
-        step, nearest = int(steps[start]), least + start
-        partners = small[: n - nearest]  # of large[nearest:], at distance `nearest`
+    for start, stop in itertools.pairwise(bounds if len(ratios) else []):
+        step, nearest = int(steps[start]), closest + start
+        values = large[max(l0, s0 + nearest) : l1]
+        # Partners at distance `nearest` are the last of these, those farther away stand before them.
+        wanted = l1 - nearest - len(values)
+        begin = s0 if step == 0 else max(s0, wanted - (stop - start - 1))
+        partners = small[begin : l1 - nearest]
         if step == 0:  # and all that are farther: `upper` falls like e^(-d h)
             raised = lfilter([1.0], [1.0, -math.exp(-h)], partners) * (ratios[start] / growth)
             kept = np.maximum(np.cumsum(partners) - raised, 0.0)
         elif stop - start <= _SHORT:
             raised, kept = uppers[start] * partners, (1 - uppers[start]) * partners
-            for farther in range(1, stop - start):
+            for farther in range(1, min(stop - start, len(partners))):
                 upper, reached = uppers[start + farther], partners[:-farther]
                 raised[farther:] += upper * reached
                 kept[farther:] += (1 - upper) * reached
         else:
-            raised = np.convolve(partners, uppers[start:stop])[: n - nearest]
-            kept = np.convolve(partners, 1 - uppers[start:stop])[: n - nearest]
-        values = large[nearest:]
-        start_at = nearest + step - base
-        sums[start_at : start_at + len(values)] += values * kept
-        sums[start_at + 1 : start_at + 1 + len(values)] += values * raised
+            raised = np.convolve(partners, uppers[start:stop])[: len(partners)]
+            kept = np.convolve(partners, 1 - uppers[start:stop])[: len(partners)]
+        start_at = l1 - len(values) + step - base
+        sums[start_at : start_at + len(values)] += values * kept[wanted - begin :]
+        sums[start_at + 1 : start_at + 1 + len(values)] += values * raised[wanted - begin :]
         if step == 0:
             return
+
+
+def _support(chances: Floats) -> tuple[int, int]:
+    """The first index that is not zero, and the one after the last."""
+    places = np.flatnonzero(chances)
+    return (int(places[0]), int(places[-1]) + 1) if len(places) else (0, 0)
 
 
 @functools.lru_cache(maxsize=64)
@@ -258,7 +269,7 @@ def sum_of_lognormals(noise_multiplier: float, count: int) -> GridSum:
     spread = math.expm1(min(noise_multiplier**-2, 30.0))
 
     def fine(terms: int) -> float:
-        return min(_COARSEST, math.sqrt(_FINENESS * spread / terms))
+        return min(_COARSEST, max(_FINEST, math.sqrt(_FINENESS * spread / terms)))
 
     @functools.cache
     def of(terms: int) -> GridSum:
