@@ -14,6 +14,7 @@ from hf_dp.engines.base import ExampleLoss, GradientEngine, empty_sum, is_out_of
 from hf_dp.engines.book_keeping import BookKeepingEngine
 from hf_dp.engines.rows import batch_size
 from hf_dp.engines.sequential import SequentialEngine
+from hf_dp.engines.sharded import is_sharded
 from hf_dp.engines.two_pass import TwoPassEngine
 from hf_dp.errors import HfDpError, UncoveredParameterError
 from hf_dp.layers.base import LayerRules
@@ -53,7 +54,7 @@ class AutomaticEngine(GradientEngine):
         clipping: ClippingPolicy,
         loss_release: LossRelease | None = None,
     ) -> ClippedSum:
-        if batch_size(inputs) == 0:
+        if batch_size(inputs) == 0 and not is_sharded(model):
             return empty_sum(model, loss_release)
         engine = self._chosen_for(model)
 
@@ -69,6 +70,8 @@ class AutomaticEngine(GradientEngine):
         try:
             summed = summed_by(engine)
         except RuntimeError as reason:
+            if is_sharded(model):
+                raise  # the other ranks go on as they are
             if not isinstance(reason, UncoveredParameterError) and (
                 self._proved or isinstance(reason, HfDpError) or is_out_of_memory(reason)
             ):
@@ -87,7 +90,8 @@ class AutomaticEngine(GradientEngine):
 
     def _chosen_for(self, model: nn.Module) -> GradientEngine:
         if self.chosen is None:
-            vectorised = TwoPassEngine if keeps_too_much(model) else BookKeepingEngine
+            little = keeps_too_much(model) or is_sharded(model)
+            vectorised = TwoPassEngine if little else BookKeepingEngine
             self.chosen = vectorised(self.layer_rules)
         return self.chosen
 

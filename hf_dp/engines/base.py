@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hf_dp.clipping.base import ClippingPolicy
 from hf_dp.clipping.loss import LossRelease
+from hf_dp.engines.sharded import whole_parameters
 from hf_dp.errors import ConfigurationError, explain
 from hf_dp.layers.factors import wide
 from hf_dp.sums import ClippedSum
@@ -61,7 +62,7 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     Raises:
         ConfigurationError: There is none, or hooks on one of them would see private gradients.
     """
-    found = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    found = {name: p for name, p in whole_parameters(model).items() if p.requires_grad}
     if not found:
         raise ConfigurationError(
             f"model={type(model).__name__}: expected at least one parameter with requires_grad=True. "

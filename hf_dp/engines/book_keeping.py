@@ -29,6 +29,7 @@ from hf_dp.engines.precision import full_precision
 from hf_dp.engines.recorder import Recorder
 from hf_dp.engines.rows import batch_size
 from hf_dp.engines.sequential import SequentialEngine
+from hf_dp.engines.sharded import refuse_sharded
 from hf_dp.engines.shares import Shares, cancelling
 from hf_dp.layers.base import LayerRules
 from hf_dp.layers.recognise import DEFAULT_LAYER_RULES
@@ -58,6 +59,8 @@ class BookKeepingEngine(GradientEngine):
     ) -> ClippedSum:
         if batch_size(inputs) == 0:
             return empty_sum(model, loss_release)
+        why = "It answers for layers whose parameters have gone back into shards."
+        refuse_sharded(model, self.name, why)
         with contextlib.suppress(UnprovedError):
             return self._clipped_sum(model, inputs, example_loss, clipping, loss_release)
         return SequentialEngine().clipped_sum(

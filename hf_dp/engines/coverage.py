@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_dp.engines.base import trainable_parameters
+from hf_dp.engines.sharded import unsharded, whole_parameter
 from hf_dp.errors import UncoveredParameterError
 from hf_dp.layers.base import LayerRule, LayerRules, UnitAxis
 from hf_dp.layers.embedding import relative_bias
@@ -169,7 +170,7 @@ class Coverage:
         owners = [
             name
             for name, module in self.model.named_modules()
-            if any(p is parameter for p in module.parameters(recurse=False))
+            if any(whole_parameter(p) is parameter for p in module.parameters(recurse=False))
         ]
         points = [point for point in self.points if any(p is parameter for p in point.parameters)]
         missing = {self._called(name) for name in owners if not _under(name, points)}
@@ -266,10 +267,12 @@ def _tap_points(model: nn.Module, layer_rules: LayerRules) -> Iterator[TapPoint]
         parameters = _own_trainable(module)
         if not parameters or id(module) in tapped_by_parent:
             continue
-        rule = recognise(module, layer_rules)
+        with unsharded(model, name):
+            rule = recognise(module, layer_rules)
         if rule is not None:
             yield TapPoint(name, module, rule, parameters)
 
 
 def _own_trainable(module: nn.Module) -> tuple[nn.Parameter, ...]:
-    return tuple(p for p in module.parameters(recurse=False) if p.requires_grad)
+    own = module.parameters(recurse=False)
+    return tuple(whole_parameter(p) for p in own if p.requires_grad)

@@ -18,6 +18,7 @@ from hf_dp.engines.coverage import Coverage, NotTappableError, coverage_of
 from hf_dp.engines.precision import full_precision
 from hf_dp.engines.rows import batch_size
 from hf_dp.engines.settle import check_folds, settle
+from hf_dp.engines.sharded import Ranks, first_rows, is_sharded
 from hf_dp.engines.tap import Call, Recording, UsedOutsideError
 from hf_dp.engines.together import Alike, Group, Waiting
 from hf_dp.engines.whole_tap import whole_call
@@ -65,6 +66,8 @@ class Recorder:
             try:
                 passed = _run(stack, coverage, model, inputs, example_loss)
             except NotTappableError:  # not as the first examples were
+                if is_sharded(model):
+                    raise  # the other ranks do not run it again
                 stack.close()
                 coverage.proved.clear()
                 settle(model, inputs, coverage, example_loss, deep=True)
@@ -79,7 +82,7 @@ class Recorder:
             raise UncoveredParameterError(next(iter(coverage.uncovered.values())))
         # all of a batch of one is the one's, so it does not show where the examples are
         if not coverage.settled or (coverage.axes is None and batch_size(inputs) > 1):
-            settle(model, inputs, coverage, example_loss)
+            settle(model, first_rows(model, inputs), coverage, example_loss)
         return coverage
 
 
@@ -94,23 +97,30 @@ def _run(
     record = stack.enter_context(recording(coverage, num_units))
     losses = checked_losses(example_loss(model, inputs), num_units)
     check_folds(record, inputs, num_units)
-    _prove(coverage, record, losses)
+    _prove(coverage, record, losses, Ranks(model))
     return Pass(coverage, record, losses, num_units)
 
 
-def _prove(coverage: Coverage, record: Recording, losses: Tensor) -> None:
+def _prove(coverage: Coverage, record: Recording, losses: Tensor, ranks: Ranks) -> None:
     """Prove whose row is whose: once for a kind of graph, always where content may arrange them."""
     if record.num_units == 1 or not losses.requires_grad:
         return
     graph = Graph(losses, record.num_units)
-    if graph.by_content or graph.kinds not in coverage.proved:
-        try:
-            proved = prove(record, losses, hidden=graph.by_content)
-        except UsedOutsideError:
-            coverage.settled = False  # the next micro-batch is looked at anew
-            raise
-        if proved:
+    if not ranks.any(graph.by_content or graph.kinds not in coverage.proved):
+        return
+    failed: UncoveredParameterError | None = None
+    try:
+        if prove(record, losses, hidden=graph.by_content):
             coverage.proved.add(graph.kinds)
+    except UncoveredParameterError as error:
+        failed = error
+        if isinstance(error, UsedOutsideError):
+            coverage.settled = False  # the next micro-batch is looked at anew
+    if ranks.any(failed is not None):
+        raise failed or UncoveredParameterError(
+            "a model under FSDP: expected every rank to tell its examples apart, and another one could "
+            "not. Its sum would be missing. See that rank's message."
+        )
 
 
 class Pass:

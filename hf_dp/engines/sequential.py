@@ -21,6 +21,7 @@ from hf_dp.engines.base import (
 )
 from hf_dp.engines.precision import full_precision
 from hf_dp.engines.rows import batch_size, row
+from hf_dp.engines.sharded import refuse_sharded
 from hf_dp.errors import UncoveredParameterError
 from hf_dp.layers.factors import Vec, wide
 from hf_dp.sums import ClippedSum
@@ -40,6 +41,7 @@ class SequentialEngine(GradientEngine):
         clipping: ClippingPolicy,
         loss_release: LossRelease | None = None,
     ) -> ClippedSum:
+        refuse_sharded(model, self.name, "One rank's examples would be run on all of them.")
         summed = empty_sum(model, loss_release)
         for index in range(batch_size(inputs)):
             one = _one(model, row(inputs, index), example_loss, clipping, loss_release)

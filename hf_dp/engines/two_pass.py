@@ -29,6 +29,7 @@ from hf_dp.engines.precision import full_precision
 from hf_dp.engines.recorder import Recorder
 from hf_dp.engines.rows import batch_size
 from hf_dp.engines.sequential import SequentialEngine
+from hf_dp.engines.sharded import Ranks
 from hf_dp.engines.shares import Shares, cancelling, checked_shape
 from hf_dp.layers.base import LayerRules
 from hf_dp.layers.factors import Factor, Mat, wide
@@ -61,10 +62,12 @@ class TwoPassEngine(GradientEngine):
         clipping: ClippingPolicy,
         loss_release: LossRelease | None = None,
     ) -> ClippedSum:
+        ranks = Ranks(model)
+        ranks.check_equal(batch_size(inputs))
         if batch_size(inputs) == 0:
             return empty_sum(model, loss_release)
         with contextlib.suppress(UnprovedError):
-            return self._clipped_sum(model, inputs, example_loss, clipping, loss_release)
+            return self._clipped_sum(model, inputs, example_loss, clipping, loss_release, ranks)
         return SequentialEngine().clipped_sum(
             model, inputs, example_loss=example_loss, clipping=clipping, loss_release=loss_release
         )
@@ -76,6 +79,7 @@ class TwoPassEngine(GradientEngine):
         example_loss: ExampleLoss,
         clipping: ClippingPolicy,
         loss_release: LossRelease | None,
+        ranks: Ranks,
     ) -> ClippedSum:
         policy = gradient_clipping(clipping, loss_release)
         found: dict[str, Tensor] = {}
@@ -85,7 +89,7 @@ class TwoPassEngine(GradientEngine):
             passed.backward(norms.measure, again=True)
             with full_precision(passed.losses.device):
                 apart = cancelling(norms.total(), norms.uncancelled, policy.sensitivity).nonzero()
-            if len(apart):
+            if ranks.any(len(apart) > 0):
                 norms.apart = apart
                 passed.backward(norms.measure_apart, again=True)
             with full_precision(passed.losses.device):
@@ -93,15 +97,18 @@ class TwoPassEngine(GradientEngine):
                 dropped = ~torch.isfinite(total)
                 weights = policy.weights(norms.squared)
                 shares = Shares(dropped, apart)
+            at_once = ranks.agree(tuple(norms.squared))  # on the order in which sums come
 
             def add(name: str, factor: Factor) -> None:
                 factor, shrunk = norms.no_longer(name, factor, weights[name])
                 found[name] = shares.of(factor, shrunk)
                 checked_shape(name, found[name], parameters[name].shape)
+                if at_once:
+                    found.update(ranks.own_parts({name: found[name]}))
 
             passed.backward(add)
         return ClippedSum(
-            grads=sums_of_all(parameters, found),
+            grads=ranks.own_parts(sums_of_all(parameters, found)),
             norms=total.sqrt(),
             losses=passed.losses,
             loss_sum=released_losses(passed.losses, dropped, clipping, loss_release),

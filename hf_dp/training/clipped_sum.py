@@ -44,6 +44,10 @@ def clipped_sum(
     The result is PRIVATE until noise of standard deviation ``noise_multiplier * clipping_norm`` is
     added to every coordinate; accounting, sampling and the ledger are then yours.
 
+    A model under FSDP2 (``fully_shard``) is clipped by the two-pass engine: every rank passes as many
+    examples of its own, and gets its shards (``DTensor``) of the sum over all ranks' examples; ``norms``
+    and ``losses`` are its own examples'. Each rank then adds noise to its shards (``to_local()``).
+
     Args:
         model: Trainable parameters are those with ``requires_grad``; its mode is left as it is.
         batch: What the model takes, labels included; tensors have the examples first, ``(B, ...)``.
