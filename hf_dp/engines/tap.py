@@ -105,7 +105,7 @@ class Recording:
         try:
             grads = torch.autograd.grad(total, targets, retain_graph=again, allow_unused=True)
         finally:
-            self.on_call = None  # it leads to the losses, and their graph here: nobody would free it
+            self.on_call = None  # it leads to the losses, their graph to it: nobody would free it
             set_requires_grad(self.held, True)
         used = [
             name for name, grad in zip(self.parameters, grads[1:], strict=True) if grad is not None
