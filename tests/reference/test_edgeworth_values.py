@@ -97,8 +97,11 @@ def test_cumulants_have_nine_digits(row: tuple[float, ...]) -> None:
 
 @pytest.mark.parametrize(
     ("probability", "noise", "skewness", "kurtosis", "third_plus_first"),
-    [(0.01, 1.0, 5.5734, 74.117, 6.3367), (0.05, 2.0, 1.6017, 4.7035, 2.9667)]
-    + [(0.001, 0.6, 42.800, 6541.4, 43.126)],
+    [
+        (0.01, 1.0, 5.5734, 74.117, 6.3367),
+        (0.05, 2.0, 1.6017, 4.7035, 2.9667),
+        (0.001, 0.6, 42.800, 6541.4, 43.126),
+    ],
 )
 def test_standardised_moments(
     probability: float, noise: float, skewness: float, kurtosis: float, third_plus_first: float
