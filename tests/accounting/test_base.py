@@ -19,6 +19,7 @@ from hf_dp.accounting import (
     default_delta,
     flatten,
 )
+from hf_dp.cli.run import PoissonRun
 from hf_dp.errors import ConfigurationError, PrivacyError, UnsupportedEventError
 from hf_dp.events import (
     Composed,
@@ -189,6 +190,10 @@ def test_nan_never_leaves(accountant: base.Accountant, monkeypatch: pytest.Monke
     monkeypatch.setattr(type(accountant), "_epsilon", lambda self, leaves, delta: math.nan)
     with pytest.raises(PrivacyError, match=r"Guarantee\.epsilon=nan"):
         accountant.guarantee(STEP, delta=1e-5)
+    monkeypatch.setattr(type(accountant), "_certificate", lambda self, leaves, delta: math.nan)
+    monkeypatch.setattr(type(accountant), "_quick_epsilon", lambda *args: 1.0)
+    with pytest.raises(PrivacyError, match=r"Guarantee\.epsilon=nan"):
+        accountant.calibrate(PoissonRun(0.01, 10), target_epsilon=1.0, target_delta=1e-5)
 
 
 @pytest.mark.parametrize("value", [math.nan, -1e-9])
