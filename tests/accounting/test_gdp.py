@@ -81,3 +81,12 @@ def test_extremes_are_a_number_or_nothing() -> None:
 def test_what_has_no_limit_theorem_is_refused() -> None:
     with pytest.raises(UnsupportedEventError, match="gdp"):
         GDPAccountant().guarantee(PoissonSampled(0.1, NonPrivate("x")), delta=1e-5)
+
+
+def test_training_refuses_an_estimator_by_name() -> None:
+    from hf_dp.training.arguments import DPArguments
+
+    for name in ACCOUNTANTS:
+        assert DPArguments(target_epsilon=1.0, accountant=name).accountant == name
+    with pytest.raises(ConfigurationError, match=r"accountant='gdp': expected one of \['edgeworth'"):
+        DPArguments(target_epsilon=1.0, accountant="gdp")
