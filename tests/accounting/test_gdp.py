@@ -88,5 +88,7 @@ def test_training_refuses_an_estimator_by_name() -> None:
 
     for name in ACCOUNTANTS:
         assert DPArguments(target_epsilon=1.0, accountant=name).accountant == name
-    with pytest.raises(ConfigurationError, match=r"accountant='gdp': expected one of \['edgeworth'"):
+    with pytest.raises(
+        ConfigurationError, match=r"accountant='gdp': expected one of \['edgeworth'"
+    ):
         DPArguments(target_epsilon=1.0, accountant="gdp")
