@@ -16,7 +16,8 @@ def report(
     ],
     *,
     accountant: Annotated[
-        str | None, typer.Option(help="Another accountant than the run's own: 'pld', 'edgeworth' or 'rdp'.")
+        str | None,
+        typer.Option(help="Another accountant than the run's own: 'pld', 'edgeworth' or 'rdp'."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
