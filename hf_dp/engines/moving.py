@@ -1,0 +1,210 @@
+"""Which nodes of a graph may put rows of examples elsewhere, read off their names, axes and shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Parts of the names of nodes that put rows elsewhere, or cut or join them.
+_MOVING = (
+    *("Index", "Gather", "Scatter", "Take", "Put", "Select", "Sort", "Topk", "Kth", "Mode"),
+    *("Median", "Unique", "Slice", "Split", "Unbind", "Cat", "Stack", "Roll", "Flip", "Rot90"),
+    *("AsStrided", "Segment", "Pack", "Pad", "EmbeddingBag", "Embedding", "Nested", "Jagged"),
+    *("Sparse", "Grouped", "CopySlices", "Diagonal", "Permutation", "Cpp"),
+)
+_FILLING = ("IndexFill", "ConstantPad", "ReflectionPad", "ReplicationPad", "CircularPad")
+# These sum or choose along an axis: multiplied by ones and zeros before, they are indices.
+_REDUCING = (
+    *("SumBackward1", "MeanBackward1", "MaxBackward0", "MinBackward0", "AmaxBackward0"),
+    *("AminBackward0", "LogsumexpBackward0", "ProdBackward1", "CumsumBackward0"),
+    *("CummaxBackward0", "CumminBackward0"),
+)
+# Products, and the axis that each of their operands is summed over: with ones and zeros likewise.
+_PRODUCTS: dict[str, dict[int, int]] = {
+    "MmBackward0": {0: 1, 1: 0},
+    "AddmmBackward0": {1: 1, 2: 0},
+    "MvBackward0": {0: 1, 1: 0},
+    "AddmvBackward0": {1: 1, 2: 0},
+    "BmmBackward0": {0: 2, 1: 1},
+    "BaddbmmBackward0": {1: 2, 2: 1},
+    "AddbmmBackward0": {1: 0, 2: 0},
+    "LinearBackward0": {0: -1},
+}
+_TURNING = ("TransposeBackward0", "PermuteBackward0", "TBackward0")
+_HARMLESS_PACKAGES = ("bitsandbytes.", "torch.utils.checkpoint", "transformers.models.bloom.")
+
+Shape = tuple[int, ...]
+
+
+def is_moving(kind: type) -> bool:
+    """Whether nodes of this kind may put rows elsewhere along some axis."""
+    if issubclass(kind, torch.autograd.function.BackwardCFunction):
+        package = getattr(kind, "_forward_cls", kind).__module__  # of the function it belongs to
+        return not package.startswith(("hf_dp.engines.tap", *_HARMLESS_PACKAGES))
+    name = kind.__name__
+    if name in _REDUCING or name in _PRODUCTS or name in _TURNING or _is_attention(name):
+        return True
+    return any(part in name for part in _MOVING) and not name.startswith(_FILLING)
+
+
+def _is_attention(name: str) -> bool:
+    return name.startswith("ScaledDotProduct")
+
+
+def shapes_of(node: Any) -> list[Shape | None]:
+    """The shapes of what went in, where it has a graph; of what came out where pieces are joined."""
+    name = type(node).__name__
+    if "Cat" in name or "Stack" in name:
+        return [tuple(metadata.shape) for metadata in node._input_metadata]
+    return [
+        tuple(after._input_metadata[place].shape)
+        if after is not None and len(after._input_metadata) > place
+        else None
+        for after, place in node.next_functions
+    ]
+
+
+@dataclass(frozen=True)
+class Sized:
+    """A tensor's shape in a batch of B, and the same tensor's in a batch of another size.
+
+    Attributes:
+        shape: Its shape.
+        num_units: B.
+        other: Its shape in the other batch; None if that is not known.
+        other_units: How many that batch has.
+    """
+
+    shape: Shape
+    num_units: int
+    other: Shape | None = None
+    other_units: int = 0
+
+    def has_units(self, axis: int) -> bool:
+        """Whether an axis may have the examples, or rows of them folded together."""
+        if axis >= len(self.shape):
+            return True
+        length = self.shape[axis]
+        if length % self.num_units or not self._may_grow(axis):
+            return False
+        if axis == 0 or length == self.num_units:
+            return True
+        return not any(self._grows(place) for place in range(len(self.shape)) if place != axis)
+
+    def _may_grow(self, axis: int) -> bool:
+        """Whether the other batch leaves it possible that the axis grows with the batch."""
+        if self.other is None:
+            return True
+        other = self.other[axis]
+        return other % self.other_units == 0 and other != self.shape[axis]
+
+    def _grows(self, axis: int) -> bool:
+        """Whether an axis is taken to be the one that has the examples."""
+        length = self.shape[axis]
+        if length != self.num_units and (axis or length % self.num_units):
+            return False
+        return self.other is None or self.other[axis] * self.num_units == length * self.other_units
+
+
+def arranges(node: Any, tensors: Sequence[Sized | None]) -> bool:
+    """Whether the node moves, cuts, joins or sums along an axis that may have the examples."""
+    name = type(node).__name__
+    if name in _TURNING:
+        return False  # the same for all rows: another kind of graph, if they are those of examples
+    known = [tensor for tensor in tensors if tensor is not None]
+    indices = getattr(node, "_saved_indices", None) if name.startswith("Index") else None
+    if isinstance(indices, tuple) and name.startswith("IndexBackward"):
+        return not known or _indexed_elsewhere(indices, known[0])
+    if name.startswith("Embedding") and "Bag" not in name:
+        return any(tensor.has_units(0) for tensor in known)
+    if name.startswith("AsStrided") and _stays(node, known):
+        return False
+    axes = list(_axes(node, tensors))
+    if not axes or not known:
+        return True
+    return any(tensor is not None and tensor.has_units(axis) for tensor, axis in axes)
+
+
+def turned(node: Any, tensors: Sequence[Sized | None]) -> tuple[int, ...] | None:
+    """The axes in their new order, where one that may have the examples gets another place."""
+    name = type(node).__name__
+    if name not in _TURNING or not tensors or tensors[0] is None:
+        return None
+    dims = list(range(len(tensors[0].shape)))
+    if name == "PermuteBackward0":
+        dims = [_axis(dim, len(dims)) for dim in node._saved_dims]
+    elif len(dims) > 1:
+        pair = (0, 1) if name == "TBackward0" else (node._saved_dim0, node._saved_dim1)
+        one, two = (_axis(dim, len(dims)) for dim in pair)
+        dims[one], dims[two] = dims[two], dims[one]
+    moved = (old for new, old in enumerate(dims) if new != old)
+    return tuple(dims) if any(tensors[0].has_units(axis) for axis in moved) else None
+
+
+def _axes(node: Any, tensors: Sequence[Sized | None]) -> Iterator[tuple[Sized | None, int]]:
+    """Each operand with each of the axes that the node works along."""
+    name = type(node).__name__
+    if name in _PRODUCTS:
+        along = _PRODUCTS[name]
+        yield from (
+            (tensors[place], _axis(axis, len(tensor.shape)))
+            for place, axis in along.items()
+            if place < len(tensors) and (tensor := tensors[place]) is not None
+        )
+        if not any(place < len(tensors) and tensors[place] is not None for place in along):
+            yield None, 0
+    elif _is_attention(name):
+        yield from ((tensor, len(tensor.shape) - 2) for tensor in tensors[1:3] if tensor is not None)
+        yield None, 0
+    else:
+        axes = next((getattr(node, a) for a in ("_saved_dim", "_saved_dims") if hasattr(node, a)), ())
+        for axis in axes if isinstance(axes, tuple | list) else (axes,):
+            yield from ((t, _axis(axis, len(t.shape))) for t in tensors if t is not None)
+
+
+def _axis(axis: int, rank: int) -> int:
+    axis = axis - 2**64 if axis >= 2**63 else axis  # a signed number read as unsigned
+    return axis + rank if axis < 0 else axis
+
+
+def _stays(node: Any, known: Sequence[Sized]) -> bool:
+    """Whether it only writes strides anew, of a mean, which lies in memory as its shape says."""
+    before = node.next_functions[0][0]
+    if type(before).__name__ != "MeanBackward1" or len(known) != 1:
+        return False
+    shape, stride = tuple(node._saved_size), 1
+    if shape != known[0].shape or node._saved_storage_offset not in (None, 0):
+        return False
+    for length, step in zip(reversed(shape), reversed(tuple(node._saved_stride)), strict=True):
+        if length > 1 and step != stride:
+            return False
+        stride *= length
+    return True
+
+
+def _indexed_elsewhere(indices: tuple[Any, ...], tensor: Sized) -> bool:
+    """Whether indexing takes examples from other places than each from its own."""
+    axis = 0
+    for index in indices:
+        if index is None:
+            axis += 1
+            continue
+        masks = index.dtype in (torch.bool, torch.uint8)
+        width = index.dim() if masks else 1
+        for covered in range(axis, axis + width):
+            if tensor.has_units(covered) and (
+                masks or not _each_its_own(index, tensor.num_units)
+            ):
+                return True
+        axis += width
+    return False
+
+
+def _each_its_own(index: Tensor, num_units: int) -> bool:
+    if index.numel() != num_units or index.shape[0] != num_units:
+        return False
+    return torch.equal(index.flatten(), torch.arange(num_units, device=index.device))
