@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_dp.engines.base import trainable_parameters
+from hf_dp.engines.by_content import Graph, Kinds
 from hf_dp.engines.sharded import unsharded, whole_parameter
 from hf_dp.errors import UncoveredParameterError
 from hf_dp.layers.base import LayerRule, LayerRules, UnitAxis
@@ -118,6 +119,7 @@ class Coverage:
         axes: Module name -> kind of call -> where it has the examples; None until established.
         settled: Whether uses outside the taps were looked for.
         proved: The kinds of graphs in which rows were seen to be the examples' own.
+        twin: The graph of a batch of few.
     """
 
     model: nn.Module
@@ -126,7 +128,8 @@ class Coverage:
     uncovered: dict[str, str] = field(default_factory=dict)
     axes: dict[str, dict[Hashable, Layout]] | None = None
     settled: bool = False
-    proved: set[frozenset[type]] = field(default_factory=set)
+    proved: set[Kinds] = field(default_factory=set)
+    twin: Graph | None = None
 
     def fits(self, model: nn.Module) -> bool:
         """Whether the model still trains the same parameters."""

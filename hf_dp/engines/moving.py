@@ -158,10 +158,14 @@ def _axes(node: Any, tensors: Sequence[Sized | None]) -> Iterator[tuple[Sized | 
         if not any(place < len(tensors) and tensors[place] is not None for place in along):
             yield None, 0
     elif _is_attention(name):
-        yield from ((tensor, len(tensor.shape) - 2) for tensor in tensors[1:3] if tensor is not None)
+        yield from (
+            (tensor, len(tensor.shape) - 2) for tensor in tensors[1:3] if tensor is not None
+        )
         yield None, 0
     else:
-        axes = next((getattr(node, a) for a in ("_saved_dim", "_saved_dims") if hasattr(node, a)), ())
+        axes = next(
+            (getattr(node, a) for a in ("_saved_dim", "_saved_dims") if hasattr(node, a)), ()
+        )
         for axis in axes if isinstance(axes, tuple | list) else (axes,):
             yield from ((t, _axis(axis, len(t.shape))) for t in tensors if t is not None)
 
@@ -196,9 +200,7 @@ def _indexed_elsewhere(indices: tuple[Any, ...], tensor: Sized) -> bool:
         masks = index.dtype in (torch.bool, torch.uint8)
         width = index.dim() if masks else 1
         for covered in range(axis, axis + width):
-            if tensor.has_units(covered) and (
-                masks or not _each_its_own(index, tensor.num_units)
-            ):
+            if tensor.has_units(covered) and (masks or not _each_its_own(index, tensor.num_units)):
                 return True
         axis += width
     return False

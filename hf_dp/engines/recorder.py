@@ -105,7 +105,7 @@ def _prove(coverage: Coverage, record: Recording, losses: Tensor, ranks: Ranks) 
     """Prove whose row is whose: once for a kind of graph, always where content may arrange them."""
     if record.num_units == 1 or not losses.requires_grad:
         return
-    graph = Graph(losses, record.num_units)
+    graph = Graph(losses, record.num_units, coverage.twin)
     if not ranks.any(graph.by_content or graph.kinds not in coverage.proved):
         return
     failed: UncoveredParameterError | None = None

@@ -12,6 +12,7 @@ from hf_dp.engines.attach import recording
 from hf_dp.engines.attribution import prove
 from hf_dp.engines.axes import establish_axes, unexplained
 from hf_dp.engines.base import ExampleLoss, checked_losses
+from hf_dp.engines.by_content import Graph
 from hf_dp.engines.coverage import Coverage, LayoutUnknownError, NotTappableError, TapPoint
 from hf_dp.engines.precision import full_precision
 from hf_dp.engines.probe import mode_of, sizes_of
@@ -21,6 +22,7 @@ from hf_dp.engines.whole_tap import NoOutputAxisError, whole_call
 from hf_dp.errors import HfDpError
 from hf_dp.layers.randomness import kept_randomness
 
+_TWIN = 3  # examples; few batches have as many
 _UNCHANGED = 2e-2  # losses with and without taps: rounding in any dtype
 
 
@@ -61,6 +63,8 @@ def settle(
                     continue
             if not _climbed_in_trial(model, few, coverage, example_loss):
                 break
+        if units > 1:
+            coverage.twin = _twin(model, inputs, coverage, example_loss)
     coverage.settled = True
 
 
@@ -87,6 +91,20 @@ def _climbed_in_trial(
                 raise
             return True
     return False
+
+
+def _twin(
+    model: nn.Module, inputs: Mapping[str, Any], coverage: Coverage, example_loss: ExampleLoss
+) -> Graph | None:
+    """The graph of few examples, so that other batches' show what grows with them."""
+    units = batch_size(inputs)
+    few = select_rows(inputs, range(_TWIN if units > _TWIN else units - 1))
+    with recording(coverage, batch_size(few)) as record:
+        try:
+            losses = checked_losses(example_loss(model, few), record.num_units)
+        except RuntimeError:  # such a batch may be unlike those that were tried
+            return None
+        return Graph(losses, record.num_units)
 
 
 def _climb_or_repeat(coverage: Coverage, error: NotTappableError) -> None:

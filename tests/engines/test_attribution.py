@@ -30,7 +30,10 @@ class Picks(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         hidden = torch.tanh(self.body(self.table(ids)))
         found, who = self.picked(hidden, ids)
-        return self.other(hidden[:, 0]).index_add(0, who, torch.tanh(self.head(found)))
+        return self.together(self.other(hidden[:, 0]), who, torch.tanh(self.head(found)))
+
+    def together(self, firsts: Tensor, who: Tensor, found: Tensor) -> Tensor:
+        return firsts.index_add(0, who, found)
 
     def picked(self, hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         marked = ids == MARKER
@@ -69,7 +72,35 @@ class Sorted(Picks):
         return hidden[order, 1], order
 
 
-KINDS = [Picks, ByIndices, ByLooping, ByTop, Sorted]
+class ByMatrix(Picks):
+    """The tokens of `Picks`, multiplied out by a matrix of ones and zeros."""
+
+    def picked(self, hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        chosen = (ids == MARKER).flatten()
+        matrix = torch.eye(len(chosen)).to(hidden)[chosen]
+        return self.product(matrix, hidden.flatten(0, 1)), (ids == MARKER).nonzero()[:, 0]
+
+    def together(self, firsts: Tensor, who: Tensor, found: Tensor) -> Tensor:
+        matrix = torch.eye(len(firsts)).to(found)[who].mT
+        return firsts + self.product(matrix, found)
+
+    def product(self, matrix: Tensor, rows: Tensor) -> Tensor:
+        return matrix @ rows
+
+
+class BySum(ByMatrix):
+    def product(self, matrix: Tensor, rows: Tensor) -> Tensor:
+        return (matrix[:, :, None] * rows).sum(1)
+
+
+class ByBatchedMatrix(ByMatrix):
+    """As for eight experts, which all get the same: their axis is a multiple of the batch."""
+
+    def product(self, matrix: Tensor, rows: Tensor) -> Tensor:
+        return torch.bmm(matrix.expand(8, -1, -1), rows.expand(8, -1, -1)).mean(0)
+
+
+KINDS = [Picks, ByIndices, ByLooping, ByTop, Sorted, ByMatrix, BySum, ByBatchedMatrix]
 ENGINES = [BookKeepingEngine, TwoPassEngine]
 
 
@@ -129,7 +160,7 @@ def test_removing_an_example_moves_the_sum_by_no_more_than_the_norm(kind: Any) -
         assert length({k: whole[k] - sums[k] for k in whole}) <= C * ROUNDING
 
 
-@pytest.mark.parametrize("kind", [Picks, ByIndices, ByLooping, ByTop])
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - {Sorted}, key=str))
 def test_without_the_proof_rows_are_credited_to_others(
     kind: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -140,12 +171,12 @@ def test_without_the_proof_rows_are_credited_to_others(
         check_all(engine, model, losses, LATER[:2])
 
 
-@pytest.mark.parametrize("kind", [Picks, ByIndices, ByLooping, ByTop])
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - {Sorted}, key=str))
 def test_a_proof_for_the_first_batch_only_is_not_enough(
     kind: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Planted: no operation is said to arrange rows by content."""
-    monkeypatch.setattr("hf_dp.engines.by_content._arranges", lambda *_: False)
+    monkeypatch.setattr("hf_dp.engines.by_content.arranges", lambda *_: False)
     engine, model = BookKeepingEngine(), kind()
     with pytest.raises(AssertionError):
         check_all(engine, model, losses, LATER[:2])

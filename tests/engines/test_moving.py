@@ -1,0 +1,127 @@
+"""Which graphs are said to arrange rows by content, and what a second batch size clears up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from engine_zoo import Batch, assert_same_sum, naive, own_losses
+from family_zoo import batch, build
+from torch import Tensor, nn
+
+from hf_dp.clipping import FlatClipping
+from hf_dp.engines import BookKeepingEngine
+from hf_dp.engines.by_content import Graph
+
+T, D = 6, 12
+
+
+def graph(compute: Callable[[Tensor], Tensor], units: int, twin: Graph | None = None) -> Graph:
+    hidden = torch.randn(units, T, D, requires_grad=True).tanh()
+    return Graph(compute(hidden).reshape(units, -1).sum(1), units, twin)
+
+
+def halves_turned(hidden: Tensor) -> Tensor:
+    one, two = hidden.mT.chunk(2, 1)
+    return torch.cat([-two, one], 1)
+
+
+HARMLESS: dict[str, Callable[[Tensor], Tensor]] = {
+    "halves of the width": halves_turned,
+    "attention": lambda hidden: hidden @ hidden.mT @ hidden,
+    "fast attention": lambda h: nn.functional.scaled_dot_product_attention(*[h[:, None]] * 3),
+    "sum over positions": lambda hidden: hidden.sum(1),
+    "frozen weights": lambda hidden: hidden @ torch.ones(D, 3),
+    "last positions": lambda hidden: hidden[:, :, :4],
+}
+ARRANGING: dict[str, Callable[[Tensor], Tensor]] = {
+    "matrix": lambda h: torch.eye(len(h)) @ h.flatten(1),
+    "matrix of tokens": lambda h: torch.eye(len(h) * T) @ h.flatten(0, 1),
+    "matrix for experts": lambda h: (
+        torch.eye(len(h) * T).expand(12, -1, -1) @ h.flatten(0, 1).expand(12, -1, -1)
+    ).mean(0),
+    "matrix from the right": lambda h: (h.flatten(1).t() @ torch.eye(len(h))).t(),
+    "products summed": lambda h: (torch.eye(len(h))[..., None] * h.flatten(1)).sum(1),
+    "the largest": lambda h: h.flatten(1).expand(len(h), -1, -1).amax(1),
+}
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_axes_as_long_as_the_batch_by_coincidence_are_cleared_by_a_twin(name: str) -> None:
+    compute = HARMLESS[name]
+    twin = graph(compute, 3)
+    assert not any(graph(compute, units, twin).by_content for units in range(2, 25))
+
+
+@pytest.mark.parametrize("twins", [True, False])
+@pytest.mark.parametrize("name", ARRANGING)
+def test_products_that_may_move_rows_are_seen(name: str, twins: bool) -> None:
+    compute = ARRANGING[name]
+    twin = graph(compute, 3) if twins else None
+    sizes = [2, 4, 6, 12, 24] if twins or "experts" not in name else [5, 24]
+    assert all(graph(compute, units, twin).by_content for units in sizes)
+
+
+def test_a_twin_of_another_model_clears_nothing() -> None:
+    other = graph(lambda hidden: hidden.sum(2), 3)
+    assert graph(halves_turned, D, other).by_content
+    assert not graph(halves_turned, D, graph(halves_turned, 3)).by_content
+
+
+@pytest.mark.parametrize("family", ["phi", "falcon", "swin", "llama", "bert"])
+def test_no_family_is_proved_more_than_once(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches as large as heads, widths or positions."""
+    asked: list[bool] = []
+
+    def prove(*_: Any, hidden: bool) -> bool:
+        asked.append(hidden)
+        return True
+
+    monkeypatch.setattr("hf_dp.engines.recorder.prove", prove)
+    engine, model = BookKeepingEngine(), build(family)
+    for rows in (4, 2, 8, 9):
+        engine.clipped_sum(
+            model,
+            batch(family, rows=rows),
+            example_loss=own_losses,
+            clipping=FlatClipping(0.5),
+        )
+    assert asked == [False]
+
+
+class TurnsByContent(nn.Module):
+    """A first token decides whether a layer gets positions before examples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.body, self.head = nn.Embedding(50, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.double()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden = torch.tanh(self.body(self.table(ids)))  # (B, T, d)
+        turns = len(ids) == ids.shape[1] and bool((ids[:, 0] == 7).any())
+        hidden = hidden.transpose(0, 1).contiguous() if turns else hidden
+        found = torch.tanh(self.head(hidden))  # rows of other examples, if turned
+        return (found.transpose(0, 1) if turns else found).transpose(1, 2)
+
+
+def turned_losses(model: nn.Module, inputs: Batch) -> Tensor:
+    out: Tensor = model(**inputs)
+    return out.square().flatten(1).sum(1)
+
+
+def test_axes_turned_by_content_are_proved_anew() -> None:
+    """As many examples as positions, so shapes do not tell."""
+    torch.manual_seed(1)
+    model, engine = TurnsByContent(), BookKeepingEngine()
+    first, later = torch.randint(8, 50, (4, 4)), torch.randint(8, 50, (4, 4))
+    later[1, 0] = 7
+    for ids in (first, later):
+        inputs = {"ids": ids}
+        found = engine.clipped_sum(
+            model, inputs, example_loss=turned_losses, clipping=FlatClipping(0.1)
+        )
+        assert_same_sum(found, naive(model, inputs, 0.1, turned_losses), 1e-10)
