@@ -78,7 +78,7 @@ class AutomaticEngine(GradientEngine):
                 raise  # if foreign code failed for another reason, it will fail again
             one_by_one = SequentialEngine()
             if not self._proved:
-                self._take(one_by_one, str(reason))
+                self._take(one_by_one, _told(reason))
             summed = summed_by(one_by_one)
         if not self._proved and _runs_the_model_again(engine, model):
             self._take(
@@ -102,6 +102,13 @@ class AutomaticEngine(GradientEngine):
             "with batches of one. Reason: %s",
             reason,
         )
+
+
+def _told(reason: RuntimeError) -> str:
+    """What may be logged of an error: foreign code may quote what an example holds."""
+    if isinstance(reason, HfDpError):
+        return str(reason)
+    return f"the model, or what it calls, raised a {type(reason).__name__} under taps"
 
 
 def _runs_the_model_again(engine: GradientEngine, model: nn.Module) -> bool:

@@ -120,6 +120,7 @@ class Coverage:
         settled: Whether uses outside the taps were looked for.
         proved: The kinds of graphs in which rows were seen to be the examples' own.
         twin: The graph of a batch of few.
+        owners: The modules that own parameters, and what they do when they are called.
     """
 
     model: nn.Module
@@ -130,13 +131,19 @@ class Coverage:
     settled: bool = False
     proved: set[Kinds] = field(default_factory=set)
     twin: Graph | None = None
+    owners: list[tuple[Any, ...]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Note what the rules were chosen for."""
+        self.owners = _owners(self.model)
 
     def fits(self, model: nn.Module) -> bool:
-        """Whether the model still trains the same parameters."""
+        """Whether the model still trains the same parameters, by the same modules' forwards."""
         now = trainable_parameters(model)
-        return now.keys() == self.parameters.keys() and all(
+        same = now.keys() == self.parameters.keys() and all(
             now[name] is p for name, p in self.parameters.items()
         )
+        return same and self.owners == _owners(model)
 
     @property
     def counts(self) -> bool:
@@ -225,6 +232,14 @@ class Coverage:
                 return None
             name = name.rpartition(".")[0]
         return name
+
+
+def _owners(model: nn.Module) -> list[tuple[Any, ...]]:
+    return [
+        (id(module), type(module), type(module).forward, vars(module).get("forward"))
+        for module in model.modules()
+        if module._parameters
+    ]
 
 
 def _under(name: str, points: Iterable[TapPoint]) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_unflatten
 
-from hf_dp.engines.base import ExampleLoss
+from hf_dp.engines.base import ExampleLoss, is_out_of_memory
 from hf_dp.engines.coverage import NotTappableError, TapPoint
 from hf_dp.engines.sketch import Sketch
 from hf_dp.engines.tap import note_sizes
@@ -63,7 +63,9 @@ def doubled(
     """The example twice, with the outputs that serve all repeated as taps will repeat them."""
     try:
         return run_probe(model, inputs, points, example_loss, single)
-    except Exception:  # the model does not expect them repeated: the trial will see to that
+    except Exception as error:  # it does not expect them repeated: the trial will see to that
+        if is_out_of_memory(error):
+            raise
         return run_probe(model, inputs, points, example_loss)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hf_dp.engines.attach import recording
 from hf_dp.engines.attribution import prove
 from hf_dp.engines.axes import establish_axes, unexplained
-from hf_dp.engines.base import ExampleLoss, checked_losses
+from hf_dp.engines.base import ExampleLoss, checked_losses, is_out_of_memory
 from hf_dp.engines.by_content import Graph
 from hf_dp.engines.coverage import Coverage, LayoutUnknownError, NotTappableError, TapPoint
 from hf_dp.engines.precision import full_precision
@@ -86,8 +86,8 @@ def _climbed_in_trial(
             return True
         except HfDpError:
             raise
-        except Exception:
-            if not _climbed_from_shared(coverage):
+        except Exception as error:
+            if is_out_of_memory(error) or not _climbed_from_shared(coverage):
                 raise
             return True
     return False
