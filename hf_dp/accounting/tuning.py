@@ -79,16 +79,16 @@ def guarantee_of_best(
         Papernot and Steinke (2022), "Hyperparameter Tuning with Renyi Differential Privacy",
         arXiv 2110.03620, theorems 2 and 6, as computed by dp-accounting.
     """
-    single = RDPAccountant().guarantee(run, delta=delta, unit=unit, relation=relation)
+    releases = (run,) if isinstance(run, PrivacyEvent) else tuple(run)
+    single = RDPAccountant().guarantee(releases, delta=delta, unit=unit, relation=relation)
     epsilon = single.epsilon
-    if 0 < epsilon < math.inf:
-        epsilon = max(epsilon, _epsilon_of_best(run, repeats, delta))
+    # A run with epsilon 0 at this delta is no exception: the best of many fails more often than one.
+    if flatten(releases) and epsilon < math.inf:
+        epsilon = max(epsilon, _epsilon_of_best(releases, repeats, delta))
     return replace(single, epsilon=epsilon)
 
 
-def _epsilon_of_best(
-    run: PrivacyEvent | Iterable[PrivacyEvent], repeats: RandomRepeats, delta: float
-) -> float:
+def _epsilon_of_best(run: Iterable[PrivacyEvent], repeats: RandomRepeats, delta: float) -> float:
     import dp_accounting
     from dp_accounting.dp_event import RepeatAndSelectDpEvent
     from dp_accounting.rdp import RdpAccountant

@@ -57,6 +57,23 @@ def test_the_best_costs_more_than_one_run_and_many_less_than_all() -> None:
     assert one < costs[0] < costs[1] < costs[2] < every / 3
 
 
+@pytest.mark.parametrize("distribution", VALUES)
+def test_runs_that_cost_nothing_by_themselves_have_a_best_that_does(
+    distribution: Distribution,
+) -> None:
+    """One run fails with a chance below delta; the best of a thousand fails much more often."""
+    run = PoissonSampled(1e-5, Gaussian(1.0))
+    assert RDPAccountant().guarantee(run, delta=1e-4).epsilon == 0.0
+    found = guarantee_of_best(run, RandomRepeats(1000.0, distribution), delta=1e-4).epsilon
+    assert found > 0.5
+
+
+def test_releases_that_can_be_read_only_once_are_counted() -> None:
+    repeats = RandomRepeats(5.0)
+    found = guarantee_of_best(iter([RUN, RUN]), repeats, delta=1e-6)
+    assert found == guarantee_of_best([RUN, RUN], repeats, delta=1e-6)
+
+
 def test_runs_of_several_releases_are_composed_first() -> None:
     twice = Composed((RUN, SelfComposed(Gaussian(20.0), 4)))
     repeats = RandomRepeats(5.0)
