@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from hf_dp.clipping.base import ClippingPolicy
 from hf_dp.clipping.loss import LossRelease
-from hf_dp.engines.base import ExampleLoss, GradientEngine
+from hf_dp.engines.base import ExampleLoss, GradientEngine, is_out_of_memory
 from hf_dp.engines.coupling import check_coupling
 from hf_dp.engines.rows import batch_size, select_rows
 from hf_dp.engines.sequential import SequentialEngine
@@ -42,6 +42,7 @@ def preflight(
     clipping: ClippingPolicy,
     loss_release: LossRelease | None = None,
     tolerance: float = TOLERANCE,
+    width: int = 0,
 ) -> None:
     """Check engine, loss and clipping on a few public examples; a few steps' time.
 
@@ -58,6 +59,8 @@ def preflight(
         clipping: The policy that will clip.
         loss_release: How the loss enters the release.
         tolerance: Relative.
+        width: How many examples training takes together; what counts them may do so only when they
+            are as many.
 
     Raises:
         ConfigurationError: Examples influence one another.
@@ -70,10 +73,35 @@ def preflight(
             evaluation_flags(model)  # layers drop out, or the like: alone and together would differ
         if together is not None:
             check_coupling(model, together, alone, example_loss=example_loss, tolerance=tolerance)
+            if width > batch_size(together):
+                _check_width(model, together, alone, example_loss, tolerance, width)
         trial = _Trial(model, example_loss, clipping, loss_release).at_the_typical_norm(alone)
         batches = list(alone) if together is None else [together]
         _check_agreement(trial, engine, batches, alone, tolerance)
         _check_influence(trial, engine, batches, tolerance)
+
+
+def _check_width(
+    model: nn.Module,
+    together: Batch,
+    alone: Sequence[Batch],
+    example_loss: ExampleLoss,
+    tolerance: float,
+    width: int,
+) -> None:
+    """The same examples over and over, as wide a batch as in training: no loss may change."""
+    places = [place % len(alone) for place in range(width)]
+    wide = select_rows(together, places)
+    try:
+        with torch.no_grad():
+            found, expected = example_loss(model, wide), example_loss(model, together)[places]
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            return  # then training does not take as many together, either
+        raise
+    if not torch.allclose(found, expected, rtol=tolerance, atol=tolerance, equal_nan=True):
+        repeated = [alone[place] for place in places]
+        check_coupling(model, wide, repeated, example_loss=example_loss, tolerance=tolerance / 2)
 
 
 class _Trial:

@@ -34,6 +34,7 @@ from hf_dp.training.choice import Choice, announce, choose
 from hf_dp.training.explaining import explain_training
 from hf_dp.training.lines import NonPrivateMetrics
 from hf_dp.training.losses import default_loss_ceiling
+from hf_dp.training.made_up import LENGTHS
 from hf_dp.training.memory import MemoryLimit
 from hf_dp.training.padding import collators_padding
 from hf_dp.training.planning import Schedule, plan_for, schedule
@@ -277,6 +278,7 @@ class DPTrainerMixin(ShownMixin):
                 example_loss=self._loss_of_each,
                 plan=plan,
                 one_by_one=size == 1 and budget is None,
+                width=size if budget is None else max(1, budget // max(LENGTHS)),
             )
             self._rehearsed = True
 

@@ -33,6 +33,7 @@ def rehearse(
     example_loss: ExampleLoss,
     plan: PrivacyPlan,
     one_by_one: bool,
+    width: int = 0,
 ) -> None:
     """Stop training before its first step where it would not do what is claimed.
 
@@ -43,6 +44,7 @@ def rehearse(
         example_loss: The chosen loss, in the host's context.
         plan: Its clipping and its loss release.
         one_by_one: Whether every micro-batch is one example.
+        width: How many examples a micro-batch has.
 
     Raises:
         PrivacyError: See `preflight`.
@@ -66,6 +68,7 @@ def rehearse(
         clipping=plan.clipping,
         loss_release=plan.loss_release,
         tolerance=_COARSE_TOLERANCE if is_coarse(model) else TOLERANCE,
+        width=width,
     )
     logger.info("hf_dp: preflight passed")
 

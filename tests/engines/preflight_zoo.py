@@ -60,6 +60,7 @@ def fly(
     engine: Any = None,
     clipping: Any = None,
     one_by_one: bool = False,
+    width: int = 0,
 ) -> None:
     alone, together = examples()
     preflight(
@@ -70,6 +71,7 @@ def fly(
         example_loss=loss,
         clipping=clipping or FlatClipping(C),
         loss_release=LossRelease(),
+        width=width,
     )
 
 

@@ -128,3 +128,32 @@ def test_without_the_check_of_coupling_these_pass(
     monkeypatch.setattr(module, "check_coupling", lambda *_, **__: None)
     monkeypatch.setattr(module, "_check_agreement", lambda *_, **__: None)
     fly(model, loss, engine=SequentialEngine())
+
+
+class Full(nn.Module):
+    """Has room for so many positions of a batch, as a router may, and lets the rest go by."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = torch.arange(x[..., 0].numel()).view(x.shape[:-1])
+        return x * (places < 60)[..., None]
+
+
+def test_what_shows_only_in_a_batch_as_wide_as_in_training_is_refused() -> None:
+    fly(Reader(Full()))
+    fly(Reader(Full()), width=10)
+    with pytest.raises(ConfigurationError, match=r"between='Full'.*batch mates"):
+        fly(Reader(Full()), width=16)
+    fly(Reader(), width=16)
+
+
+def test_a_width_that_memory_has_no_room_for_is_left_to_training() -> None:
+    def loss(model: nn.Module, inputs: Batch) -> Tensor:
+        if len(inputs["ids"]) > 4:
+            raise RuntimeError(message)
+        return loss_of(model, inputs)
+
+    message = "CUDA out of memory"
+    fly(Reader(), loss, width=16)
+    message = "expanded size"
+    with pytest.raises(RuntimeError, match=message):
+        fly(Reader(), loss, width=16)

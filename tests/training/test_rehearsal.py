@@ -105,10 +105,11 @@ def test_it_flies_once_a_run_with_the_engine_that_trains(
 
     def noted(*args: Any, **parts: Any) -> None:
         flown.append(parts["engine"])
+        assert parts["width"] == 3
         real(*args, **parts)
 
     monkeypatch.setattr(rehearsal, "preflight", noted)
-    trainer = trainer_for(tmp_path, host={"max_steps": 3})
+    trainer = trainer_for(tmp_path, host={"max_steps": 3, "per_device_train_batch_size": 3})
     trainer.train()
     assert flown == [trainer.engine]
     trainer.train()
