@@ -21,8 +21,18 @@ _FILLING = ("IndexFill", "ConstantPad", "ReflectionPad", "ReplicationPad", "Circ
 _REDUCING = (
     *("SumBackward1", "MeanBackward1", "MaxBackward0", "MinBackward0", "AmaxBackward0"),
     *("AminBackward0", "LogsumexpBackward0", "ProdBackward1", "CumsumBackward0"),
-    *("CummaxBackward0", "CumminBackward0"),
+    *("CummaxBackward0", "CumminBackward0", "CumprodBackward0", "LogcumsumexpBackward0"),
+    *("SumBackward0", "MeanBackward0", "MaxBackward1", "MinBackward1", "ProdBackward0"),
+    *("NansumBackward0", "AminmaxBackward0", "StdBackward0", "StdMeanBackward0", "VarBackward0"),
+    *("VarMeanBackward0", "NormBackward0", "NormBackward1", "NormBackward2", "NormBackward3"),
+    *("LinalgVectorNormBackward0", "SoftmaxBackward0", "LogSoftmaxBackward0"),
+    *("FftC2CBackward0", "FftR2CBackward0", "FftC2RBackward0", "DotBackward0", "VdotBackward0"),
+    *("TraceBackward0", "CdistBackward0", "PdistBackward0", "LinalgMatrixNormBackward0"),
 )
+# These keep the examples apart if they are on the first axis: windows, and means over the others.
+_WINDOWS = ("Convolution", "Pool", "Upsample", "Im2Col", "Col2Im", "GridSampler", "GroupNorm")
+_SHIFTING = ("UnsqueezeBackward0", "ExpandBackward0")  # and then meet the others by broadcasting
+_NORMED = "_saved_normalized_shape"
 # Products, and the axis that each of their operands is summed over: with ones and zeros likewise.
 _PRODUCTS: dict[str, dict[int, int]] = {
     "MmBackward0": {0: 1, 1: 0},
@@ -46,13 +56,19 @@ def is_moving(kind: type) -> bool:
         package = getattr(kind, "_forward_cls", kind).__module__  # of the function it belongs to
         return not package.startswith(("hf_dp.engines.tap", *_HARMLESS_PACKAGES))
     name = kind.__name__
-    if name in _REDUCING or name in _PRODUCTS or name in _TURNING or _is_attention(name):
+    if name in _REDUCING or name in _PRODUCTS or name in _TURNING or name in _SHIFTING:
+        return True
+    if _is_attention(name) or _is_windowed(name) or "BatchNorm" in name or hasattr(kind, _NORMED):
         return True
     return any(part in name for part in _MOVING) and not name.startswith(_FILLING)
 
 
 def _is_attention(name: str) -> bool:
     return name.startswith("ScaledDotProduct")
+
+
+def _is_windowed(name: str) -> bool:
+    return any(part in name for part in _WINDOWS)
 
 
 def shapes_of(node: Any) -> list[Shape | None]:
@@ -123,6 +139,10 @@ def arranges(node: Any, tensors: Sequence[Sized | None]) -> bool:
         return any(tensor.has_units(0) for tensor in known)
     if name.startswith("AsStrided") and _stays(node, known):
         return False
+    if "BatchNorm" in name:
+        return getattr(node, "_saved_training", True) is not False
+    if name in _SHIFTING:
+        return any(tensor.has_units(axis) for tensor in known for axis in _shifted(node, tensor))
     axes = list(_axes(node, tensors))
     if not axes or not known:
         return True
@@ -162,12 +182,26 @@ def _axes(node: Any, tensors: Sequence[Sized | None]) -> Iterator[tuple[Sized | 
             (tensor, len(tensor.shape) - 2) for tensor in tensors[1:3] if tensor is not None
         )
         yield None, 0
+    elif _is_windowed(name) or hasattr(node, _NORMED):
+        tensor = tensors[0] if tensors else None
+        rank = 1 if tensor is None else len(tensor.shape)
+        first = rank - len(getattr(node, _NORMED)) if hasattr(node, _NORMED) else 1
+        yield from ((tensor, axis) for axis in range(first, rank))
     else:
         axes = next(
             (getattr(node, a) for a in ("_saved_dim", "_saved_dims") if hasattr(node, a)), ()
         )
+        axes = () if axes is None else axes  # all of them
         for axis in axes if isinstance(axes, tuple | list) else (axes,):
             yield from ((t, _axis(axis, len(t.shape))) for t in tensors if t is not None)
+
+
+def _shifted(node: Any, tensor: Sized) -> range:
+    """The axes that get another place from the front."""
+    rank = len(tensor.shape)
+    if hasattr(node, "_saved_dim"):
+        return range(_axis(node._saved_dim, rank + 1), rank)
+    return range(rank if len(node._input_metadata[0].shape) == rank else 0, rank)
 
 
 def _axis(axis: int, rank: int) -> int:

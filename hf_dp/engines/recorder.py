@@ -116,11 +116,15 @@ def _prove(coverage: Coverage, record: Recording, losses: Tensor, ranks: Ranks) 
         failed = error
         if isinstance(error, UsedOutsideError):
             coverage.settled = False  # the next micro-batch is looked at anew
-    if ranks.any(failed is not None):
+    if not ranks.any(failed is not None):
+        return
+    try:
         raise failed or UncoveredParameterError(
             "a model under FSDP: expected every rank to tell its examples apart, and another one could "
             "not. Its sum would be missing. See that rank's message."
         )
+    finally:
+        failed = None  # its traceback leads here, and with it the graph would stay
 
 
 class Pass:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hf_dp.clipping import FlatClipping
 from hf_dp.engines import BookKeepingEngine
 from hf_dp.engines.by_content import Graph
+from hf_dp.errors import UncoveredParameterError
 
 T, D = 6, 12
 
@@ -35,6 +36,13 @@ HARMLESS: dict[str, Callable[[Tensor], Tensor]] = {
     "sum over positions": lambda hidden: hidden.sum(1),
     "frozen weights": lambda hidden: hidden @ torch.ones(D, 3),
     "last positions": lambda hidden: hidden[:, :, :4],
+    "norm of the width": lambda hidden: hidden * hidden.norm(dim=-1, keepdim=True),
+    "softmax over positions": lambda hidden: hidden.softmax(1),
+    "layer norm": lambda hidden: nn.functional.layer_norm(hidden, (T, D)),
+    "group norm": lambda hidden: nn.functional.group_norm(hidden.mT, 2),
+    "window": lambda hidden: nn.functional.conv1d(hidden.mT, torch.ones(5, D, 3)),
+    "pooling": lambda hidden: nn.functional.avg_pool1d(hidden.mT, 3),
+    "one more axis": lambda hidden: hidden[:, None] * torch.ones(4, 1, 1),
 }
 ARRANGING: dict[str, Callable[[Tensor], Tensor]] = {
     "matrix": lambda h: torch.eye(len(h)) @ h.flatten(1),
@@ -45,6 +53,21 @@ ARRANGING: dict[str, Callable[[Tensor], Tensor]] = {
     "matrix from the right": lambda h: (h.flatten(1).t() @ torch.eye(len(h))).t(),
     "products summed": lambda h: (torch.eye(len(h))[..., None] * h.flatten(1)).sum(1),
     "the largest": lambda h: h.flatten(1).expand(len(h), -1, -1).amax(1),
+    "mean of all": lambda h: h + h.mean(),
+    "largest of all": lambda h: h + h.max(),
+    "norm of all": lambda h: h + h.norm(),
+    "norms over examples": lambda h: h + h.norm(dim=0),
+    "deviation": lambda h: h + h.std(0),
+    "softmax over examples": lambda h: h.softmax(0),
+    "running product": lambda h: h.cumprod(0),
+    "transform over examples": lambda h: torch.fft.fft(h, dim=0).real,
+    "window over rows": lambda h: nn.functional.conv1d(h.reshape(1, -1, D).mT, torch.ones(4, D, 1)),
+    "pooling over examples": lambda h: nn.functional.avg_pool1d(h.permute(1, 2, 0), 3, 1, 1),
+    "layer norm of all": lambda h: nn.functional.layer_norm(h, h.shape),
+    "batch norm": lambda h: nn.functional.batch_norm(h.mT, None, None, training=True),
+    "distances": lambda h: torch.cdist(h.flatten(1), h.flatten(1)),
+    "differences": lambda h: h.flatten(1)[:, None] - h.flatten(1)[None],
+    "differences of copies": lambda h: h.flatten(1)[:, None] - h.flatten(1).expand(len(h), -1, -1),
 }
 
 
@@ -62,6 +85,33 @@ def test_products_that_may_move_rows_are_seen(name: str, twins: bool) -> None:
     twin = graph(compute, 3) if twins else None
     sizes = [2, 4, 6, 12, 24] if twins or "experts" not in name else [5, 24]
     assert all(graph(compute, units, twin).by_content for units in sizes)
+
+
+class Gated(nn.Module):
+    """Adds to each loss what all examples together make, from a threshold on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.below = nn.Linear(D, D, dtype=torch.float64)
+        self.above = nn.Linear(D, D, dtype=torch.float64)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        hidden = self.above(self.below(hidden).tanh())
+        return hidden.square().mean((1, 2)) + (hidden.norm() - 10).relu()
+
+
+def test_examples_that_meet_from_a_threshold_on_are_refused() -> None:
+    engine, model = BookKeepingEngine(), Gated()
+
+    def summed(scale: float) -> None:
+        inputs = {"hidden": scale * torch.randn(5, T, D, dtype=torch.float64)}
+        engine.clipped_sum(
+            model, inputs, example_loss=lambda m, b: m(**b), clipping=FlatClipping(1.0)
+        )
+
+    summed(0.01)
+    with pytest.raises(UncoveredParameterError):
+        summed(100.0)
 
 
 def test_a_twin_of_another_model_clears_nothing() -> None:
