@@ -52,7 +52,11 @@ class TruncatedSample:
     """Gaussian noise on a sum over a Poisson sample that is cut to a uniform subset where it is too large.
 
     How many others were drawn does not depend on the unit. Where they leave room, the sample is a Poisson
-    sample. Where they fill the batch, it is one of fixed size, from which the unit pushes another one.
+    sample. Where they fill the batch, it is one of fixed size, from which the unit pushes another one:
+    then a batch with the unit is a uniform set T of others and the unit, and one without it has the law of
+    T and one more, whatever their number was. So in each direction the two neighbours share a part, and
+    what they do not share lies two clipping norms apart at most; hockey-stick divergences are jointly
+    convex, so the two cases add up.
 
     Attributes:
         sampling_probability: Before the batch is cut, in (0, 1].

@@ -30,7 +30,7 @@ class RandomRepeats:
     """How many runs are made: a random number that is drawn before the first one and kept secret.
 
     Attributes:
-        mean: Runs expected, > 0; more than 1 but for the Poisson distribution.
+        mean: Runs expected, > 1; at least 1 for the Poisson distribution.
         distribution: 'poisson', 'geometric' or 'logarithmic'.
     """
 
@@ -43,9 +43,10 @@ class RandomRepeats:
         one_of("RandomRepeats.distribution", self.distribution, SHAPES, why)
         remedy = "Use the number of settings you want to try, for example 10."
         positive("RandomRepeats.mean", self.mean, why, remedy)
-        if self.mean <= 1 and self.distribution != "poisson":
+        if self.mean < 1 or (self.mean == 1 and self.distribution != "poisson"):
+            expected = "at least 1" if self.distribution == "poisson" else "more than 1"
             raise ConfigurationError(
-                explain("RandomRepeats.mean", self.mean, "more than 1", why, remedy)
+                explain("RandomRepeats.mean", self.mean, expected, why, remedy)
             )
 
 

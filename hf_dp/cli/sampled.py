@@ -94,9 +94,14 @@ class SampledRun:
                     "Give --num-examples.",
                 )
             )
+        positive_integer(
+            "hf-dp.num_examples", units, "It is who may be drawn.", "Use the size of the data."
+        )
         size = q * units
         if self.sampling == "truncated_poisson":
-            cap = self.max_batch_size or min(units, math.ceil(size + 10 * math.sqrt(size)))
+            cap = self.max_batch_size
+            if cap is None:
+                cap = min(units, math.ceil(size + 10 * math.sqrt(size)))
             return TruncatedPoissonSampled(units, q, cap, noise)
         if abs(size - round(size)) > 1e-6 * size:
             raise ConfigurationError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -103,6 +104,35 @@ def test_no_cut_sample_passes_its_profile(cap: int, sigma: float, rest: float) -
         for direction, pair in (("remove", (unit, none)), ("add", (none, unit))):
             claimed = release.tail(np.array([level]), direction)[0]  # type: ignore[arg-type]
             assert hockey_stick(*pair, level) <= claimed + QUADRATURE
+
+
+@pytest.mark.parametrize("present", [False, True], ids=["absent", "blank"])
+@pytest.mark.parametrize("seed", range(4))
+def test_no_cut_sample_of_unlike_units_passes_its_profile(seed: int, present: bool) -> None:
+    """Every set of the others by enumeration; the neighbour lacks the unit, or has a blank in its place."""
+    others = np.random.default_rng(seed).choice([-1.0, -0.4, 0.3, 1.0], size=5)
+    q, cap, sigma = 0.5, 2, 1.5
+    release = TruncatedSample.of(6, q, cap, sigma)
+
+    def density(mine: float | None) -> Floats:
+        values = others if mine is None else np.append(others, mine)
+        chances: dict[float, float] = {}
+        for size in range(len(values) + 1):
+            chance = q**size * (1 - q) ** (len(values) - size)
+            for drawn in itertools.combinations(range(len(values)), size):
+                kept = list(itertools.combinations(drawn, min(cap, size)))
+                for places in kept:
+                    centre = round(sum(float(values[place]) for place in places), 9)
+                    chances[centre] = chances.get(centre, 0.0) + chance / len(kept)
+        return mixed(iter([(chance, centre) for centre, chance in chances.items()]), sigma)
+
+    none = density(0.0 if present else None)
+    for mine in (-1.0, 1.0):
+        unit = density(mine)
+        for level in (0.0, 0.1, 0.5, 1.0):
+            for direction, pair in (("remove", (unit, none)), ("add", (none, unit))):
+                claimed = release.tail(np.array([level]), direction)[0]  # type: ignore[arg-type]
+                assert hockey_stick(*pair, level) <= claimed + QUADRATURE
 
 
 def test_a_cut_that_is_left_out_of_the_account_is_seen() -> None:

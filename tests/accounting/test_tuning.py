@@ -97,6 +97,11 @@ def test_numbers_of_runs_out_of_range_are_refused(mean: float) -> None:
         RandomRepeats(mean)
 
 
+def test_less_than_one_run_in_the_mean_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"RandomRepeats\.mean=0\.4: expected at least 1"):
+        RandomRepeats(0.4, "poisson")
+
+
 def test_a_poisson_number_of_runs_may_be_one_in_the_mean() -> None:
     assert guarantee_of_best(RUN, RandomRepeats(1.0, "poisson"), delta=1e-6).epsilon > 2.4
 

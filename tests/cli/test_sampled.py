@@ -114,3 +114,15 @@ def test_a_run_with_the_usual_sampling_is_what_it_was() -> None:
     assert RELATIONS["poisson"] is NeighboringRelation.ADD_OR_REMOVE_ONE
     with pytest.raises(ConfigurationError):
         SampledRun("fixed_size", 0.1, 5).event()
+
+
+def test_a_cap_of_nobody_is_refused_and_not_replaced_by_the_default() -> None:
+    with pytest.raises(ConfigurationError, match="max_batch_size=0"):
+        run_of("truncated_poisson", 0.1, 25, num_examples=80, max_batch_size=0).event()
+
+
+@pytest.mark.parametrize("sampling", ["fixed_size", "truncated_poisson"])
+@pytest.mark.parametrize("units", [0, -5])
+def test_data_of_no_size_is_refused(sampling: str, units: int) -> None:
+    with pytest.raises(ConfigurationError, match=rf"hf-dp\.num_examples={units}"):
+        run_of(sampling, 0.1, 25, num_examples=units).event()
