@@ -147,6 +147,11 @@ class Pass:
         self._num_units = num_units
         self._names = {id(p): name for name, p in coverage.parameters.items()}
 
+    @property
+    def recomputed(self) -> bool:
+        """Whether a backward pass ran tapped modules again, as checkpoints do."""
+        return self._record.recomputed
+
     def backward(
         self, on_factor: OnFactor, *, on_group: OnGroup | None = None, again: bool = False
     ) -> None:

@@ -70,6 +70,7 @@ class Recording:
         folds: Folded axes seen: what was found, and what it must equal.
         sizes: Numbers of positions seen, by source.
         counts: Whether these are needed.
+        recomputed: Whether a backward pass ran tapped modules again, as checkpoints do.
         held: Parameters that record no gradient during a backward pass either: a checkpoint runs their
             module's forward again without its hooks, and must find what the forward pass found.
     """
@@ -85,6 +86,7 @@ class Recording:
     )
     sizes: dict[Any, set[int]] = field(default_factory=dict)
     counts: bool = False
+    recomputed: bool = False
     held: list[nn.Parameter] = field(default_factory=list)
 
     def backward(
@@ -133,6 +135,8 @@ class Recording:
         if self.on_call is None:
             for parameter in point.parameters:
                 self.uses[id(parameter)] += 1
+        else:
+            self.recomputed = True
         apply: Callable[..., tuple[Tensor, ...]] = _Tap.apply
         return apply((self, point, context, len(outputs)), self.anchor, *outputs, *inputs)
 

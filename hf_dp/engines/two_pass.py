@@ -8,6 +8,7 @@ it was used, at the price of a second backward pass without weight gradients.
 from __future__ import annotations
 
 import contextlib
+import secrets
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -26,7 +27,7 @@ from hf_dp.engines.base import (
     sums_of_all,
 )
 from hf_dp.engines.precision import full_precision
-from hf_dp.engines.recorder import Recorder
+from hf_dp.engines.recorder import Pass, Recorder
 from hf_dp.engines.rows import batch_size
 from hf_dp.engines.sequential import SequentialEngine
 from hf_dp.engines.sharded import Ranks
@@ -85,7 +86,7 @@ class TwoPassEngine(GradientEngine):
         found: dict[str, Tensor] = {}
         with self.recorder.forward(model, inputs, example_loss) as passed:
             parameters = passed.parameters
-            norms = _Norms(passed.losses)
+            norms = _Norms(passed)
             passed.backward(norms.measure, again=True)
             with full_precision(passed.losses.device):
                 apart = cancelling(norms.total(), norms.uncancelled, policy.sensitivity).nonzero()
@@ -118,9 +119,12 @@ class TwoPassEngine(GradientEngine):
 class _Norms:
     """Squared norms per parameter, gathered as factors come and go."""
 
-    def __init__(self, losses: Tensor) -> None:
-        self.bad = ~torch.isfinite(losses)
-        zeros = torch.zeros_like(wide(losses))
+    def __init__(self, passed: Pass) -> None:
+        self._passed = passed
+        self._marks: dict[str, tuple[Tensor, Tensor]] = {}
+        self._vectors: dict[int, Tensor] = {}
+        self.bad = ~torch.isfinite(passed.losses)
+        zeros = torch.zeros_like(wide(passed.losses))
         self.squared: dict[str, Tensor] = {"": zeros.masked_fill(self.bad, torch.inf)}
         self.uncancelled = zeros
         self.apart = zeros.new_zeros(0, 1, dtype=torch.long)
@@ -128,6 +132,8 @@ class _Norms:
     def measure(self, name: str, factor: Factor) -> None:
         self.squared[name] = factor.squared_norm().clamp_min(0).masked_fill(self.bad, torch.inf)
         self.uncancelled = self.uncancelled + factor.uncancelled()
+        if isinstance(factor, Mat) and self._passed.recomputed:
+            self._marks[name] = self._mark(factor)
 
     def measure_apart(self, name: str, factor: Factor) -> None:
         """Norms of the units whose positions cancel, from their gradients written out."""
@@ -137,17 +143,37 @@ class _Norms:
     def no_longer(self, name: str, factor: Factor, weights: Tensor) -> tuple[Factor, Tensor]:
         """Factor and weights such that no share is longer than the norm it was weighted by.
 
-        A matrix product is made of what the one forward pass saved. Other factors may come from a
-        module that was run again, and may not have repeated itself.
+        A matrix product is made of what the one forward pass saved, unless a checkpoint computed that
+        again; then it shows by random sums of its rows whether it is the same. Other factors may come
+        from a module that was run again, and may not have repeated itself.
         """
-        if isinstance(factor, Mat):
+        if isinstance(factor, Mat) and self._repeated(name, factor):
             return factor, weights
         again = factor.squared_norm()
+        for unit in self.apart:
+            again[unit] = factor.select(unit).dense().squared_norm()
         lost = ~torch.isfinite(again)
         least = torch.finfo(again.dtype).tiny
         ratio = (self.squared[name] / again.clamp_min(least)).clamp_max(1).sqrt()
         ratio = torch.where(again > least, ratio, torch.ones_like(ratio)).masked_fill(lost, 0)
         return (factor.without(lost) if bool(lost.any()) else factor), weights * ratio
+
+    def _repeated(self, name: str, factor: Mat) -> bool:
+        if not self._passed.recomputed:
+            return True
+        return name in self._marks and all(map(torch.equal, self._marks[name], self._mark(factor)))
+
+    def _mark(self, factor: Mat) -> tuple[Tensor, Tensor]:
+        left, right = (side @ self._vector(side) for side in (factor.left, factor.right))
+        return left, right
+
+    def _vector(self, side: Tensor) -> Tensor:
+        """The same for all sides of that width; from a generator of its own."""
+        width = side.shape[-1]
+        if width not in self._vectors:
+            generator = torch.Generator().manual_seed(secrets.randbits(63))
+            self._vectors[width] = torch.randn(width, generator=generator)
+        return self._vectors[width].to(side)
 
     def total(self) -> Tensor:
         return torch.stack(list(self.squared.values())).sum(0)

@@ -14,6 +14,7 @@ from engine_zoo import assert_same_sum, batch, build, build_lora, own_losses
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 from hf_dp.clipping import FlatClipping
 from hf_dp.engines import engine_named, two_pass
@@ -166,3 +167,55 @@ def test_a_module_that_does_not_repeat_itself_adds_no_more_than_its_norm(
     )
     moved = float(found.grads["gain"].norm())
     assert (moved <= 0.01 * (1 + 1e-6)) is bounded
+
+
+class Drifts(nn.Module):
+    """Behind a checkpoint: every time that it runs, it multiplies by ten more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.below, self.above = nn.Linear(4, 6), nn.Linear(6, 6)
+        self.times, self.drifting = 0, False
+
+    def inner(self, hidden: Tensor) -> Tensor:
+        self.times += self.drifting
+        hidden = self.above(hidden * 10.0**self.times)
+        return hidden
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden: Tensor = checkpoint(self.inner, self.below(x).tanh(), use_reentrant=False)
+        return hidden.flatten(1).sum(1)
+
+
+@pytest.mark.parametrize("planted", [False, True])
+def test_a_checkpoint_that_does_not_repeat_itself_adds_no_more_than_the_norm(
+    planted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if planted:
+        monkeypatch.setattr(two_pass._Norms, "_repeated", lambda *_: True)
+    model, engine = Drifts(), engine_named("two_pass")
+
+    def summed(x: Tensor) -> Tensor:
+        found = engine.clipped_sum(
+            model, {"x": x}, example_loss=lambda m, b: m(**b), clipping=FlatClipping(C)
+        )
+        return torch.cat([grad.flatten() for grad in found.grads.values()])
+
+    summed(torch.randn(3, 5, 4))
+    model.drifting = True
+    assert (summed(torch.randn(1, 5, 4).expand(2, -1, -1)).norm() > 2 * C * (1 + 1e-5)) == planted
+
+
+def test_a_checkpoint_that_repeats_itself_is_not_measured_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = with_checkpoints(build("gpt2-lm", torch.float32).train())
+    seen, repeated = [], two_pass._Norms._repeated
+
+    def noted(self: Any, name: str, factor: Any) -> bool:
+        seen.append((self._passed.recomputed, repeated(self, name, factor)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(two_pass._Norms, "_repeated", noted)
+    clipped("two_pass", model, batch("gpt2-lm"))
+    assert set(seen) == {(True, True)}
