@@ -31,6 +31,8 @@ Distances = dict[Order, float]
 _GRID = 61
 _REACH = 12.0  # standard deviations
 _SLACK = 1e-12  # rounding, and what the integrals leave out
+_FURTHEST = 45.0  # nats; exp(-45) of a chance is left out
+_MAX_PANELS = 2000
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,10 @@ def interval(releases: Releases, delta: float) -> Interval:
     lowers, uppers = [], []
     for direction in DIRECTIONS:
         # Losses are large with the unit when it is removed, and without it when it is added.
-        distances = _distances(releases, large=direction == "remove")
-        band = _Band(of_sum(dict(releases), direction, large=True), distances)
+        cumulants = of_sum(dict(releases), direction, large=True)
+        within = _is_within_reach(cumulants)
+        distances = _distances(releases, large=direction == "remove") if within else {}
+        band = _Band(cumulants, distances)
         lowers.append(band.lower(delta))
         uppers.append(min(band.upper(delta), _largest_loss(releases, direction)))
     return Interval(max(lowers), max(uppers))
@@ -94,6 +98,13 @@ def _distances(releases: Releases, *, large: bool) -> Distances:
     return {
         order: bound * (1 + 1e-9) + _SLACK for order, bound in found.items() if bound < math.inf
     }
+
+
+def _is_within_reach(cumulants: Cumulants) -> bool:
+    """Whether the sum varies enough for its series to be integrated; where noise is tiny it does not."""
+    scale = math.sqrt(cumulants.variance)
+    top = cumulants.mean + _REACH * scale
+    return min(max(top, scale), _FURTHEST) <= _MAX_PANELS * min(scale / 2, 2.0)
 
 
 def _largest_loss(releases: Releases, direction: Direction) -> float:
@@ -136,7 +147,7 @@ class _Band:
         scale = math.sqrt(self.cumulants.variance)
         # Beyond both ends the integrand is below exp(-45), or that of a normal at ten deviations.
         top = self.cumulants.mean + _REACH * scale
-        lengths = np.minimum(np.maximum(top - epsilons, scale), 45.0)
+        lengths = np.minimum(np.maximum(top - epsilons, scale), _FURTHEST)
         panels = math.ceil(float(np.max(lengths)) / min(scale / 2, 2.0))
         nodes, weights = composite_rule(panels)
         distances = lengths[:, None] * nodes

@@ -113,7 +113,7 @@ def estimated_epsilon(
         return float(estimated_delta(large, small, np.array([epsilon]), order)[0]) - delta
 
     top = large.mean + _REACH * math.sqrt(large.variance)
-    if not 0 < top < math.inf:
+    if not 0 < top < math.inf or min(large.variance, small.variance) == 0:
         return None
     grid = np.linspace(0.0, top, _GRID)
     values = estimated_delta(large, small, grid, order) - delta

@@ -150,6 +150,25 @@ def test_estimates_are_numbers_or_nothing(num_steps: int, noise: float) -> None:
     assert found.lower is None or 0 < found.lower <= found.epsilon
 
 
+@pytest.mark.parametrize("noise", [0.01, 0.06, 0.08])
+@pytest.mark.parametrize("q", [1e-12, 0.5, 0.999])
+def test_hardly_any_noise_is_answered_in_little_memory(
+    q: float, noise: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the unit the sum hardly varies then, so a fraction of its deviation is a short panel."""
+    real = interval_module.composite_rule
+
+    def few(panels: int) -> tuple[np.ndarray, np.ndarray]:
+        assert panels <= 2100
+        return real(panels)
+
+    monkeypatch.setattr(interval_module, "composite_rule", few)
+    run = PoissonRun(q, 10, noise).event()
+    found = EdgeworthAccountant().guarantee(run, delta=1e-6)
+    assert found.epsilon <= Certificate().guarantee(run, delta=1e-6).epsilon
+    assert (found.lower or 0.0) <= found.epsilon
+
+
 def test_convergence_needs_all_three_orders() -> None:
     agreeing = dict.fromkeys(ORDERS, 1.0)
     assert looks_converged(agreeing)
