@@ -21,7 +21,16 @@ from hf_dp.accounting.edgeworth.series import (
 from hf_dp.accounting.pld import PLDAccountant as Certificate
 from hf_dp.cli.run import PoissonRun
 from hf_dp.errors import PrivacyError
-from hf_dp.events import Composed, Gaussian, NonPrivate, PoissonSampled, PrivacyEvent, SelfComposed
+from hf_dp.events import (
+    Composed,
+    Gaussian,
+    NeighboringRelation,
+    NonPrivate,
+    PoissonSampled,
+    PrivacyEvent,
+    SelfComposed,
+    Shuffled,
+)
 
 Exact = Callable[..., float]
 
@@ -128,6 +137,17 @@ def test_the_estimate_is_only_beside_epsilon() -> None:
         [RUNS[0][0], NonPrivate("the exact loss")], delta=1e-5
     )
     assert (exact_run.epsilon, exact_run.lower, exact_run.estimate) == (math.inf, None, None)
+
+
+def test_nothing_is_said_to_be_too_small_for_a_shuffled_run() -> None:
+    """Its epsilon is that of the worst order, which is not the one that was drawn."""
+    shuffled = SelfComposed(Shuffled(100, Gaussian(3.0)), 4)
+    found = EdgeworthAccountant().guarantee(
+        shuffled, delta=1e-5, relation=NeighboringRelation.REPLACE_SPECIAL
+    )
+    known = EdgeworthAccountant().guarantee(SelfComposed(Gaussian(3.0), 4), delta=1e-5)
+    assert found.lower is None
+    assert known.lower == pytest.approx(found.epsilon, rel=1e-4)
 
 
 def test_a_series_without_a_crossing_is_no_number() -> None:
