@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hf_dp.engines.moving import Shape, Sized, arranges, is_moving, shapes_of, turned
+from hf_dp.engines.moving import Shape, Sized, arranges, hides_units, is_moving, shapes_of, turned
 from hf_dp.layers.base import UnitAxis
 
 # Which of these a reshape becomes depends on strides and on who is looking.
@@ -49,6 +49,7 @@ class Graph:
         self.num_units = num_units
         seen = set()
         moving: list[Any] = []
+        hiding: list[Any] = []
         for node in _nodes(losses):
             kind = type(node)
             seen.add(kind)
@@ -56,9 +57,11 @@ class Graph:
                 _KINDS[kind] = is_moving(kind)
             if _KINDS[kind]:
                 moving.append(node)
+            elif kind.__name__ in _RESHAPING and hides_units(node, num_units):
+                hiding.append(node)
         self._order = [type(node) for node in moving]
         self._shapes = [shapes_of(node) for node in moving]
-        self.by_content, turns = False, []
+        self.by_content, turns = _broadcast(losses, hiding), []
         for node, tensors in zip(moving, self._sized(twin), strict=True):
             self.by_content = self.by_content or arranges(node, tensors)
             turn = turned(node, tensors)
@@ -89,6 +92,18 @@ def _sized(
         return None
     fits = other is not None and len(other) == len(shape)
     return Sized(shape, num_units, other if fits else None, other_units)
+
+
+def _broadcast(losses: Tensor, hiding: list[Any]) -> bool:
+    """Whether examples may meet because some of `hiding` have them off the first axis.
+
+    A product of matrices does not repeat its operands; that is how an einsum is computed.
+    """
+    if not hiding:
+        return False
+    wanted = set(hiding)
+    users = {type(node).__name__ for node in _nodes(losses) if wanted & set(_before(node))}
+    return users != {"BmmBackward0"}
 
 
 def _nodes(losses: Tensor) -> Iterator[Any]:

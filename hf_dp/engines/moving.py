@@ -9,26 +9,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Parts of the names of nodes that put rows elsewhere, or cut or join them.
-_MOVING = (
-    *("Index", "Gather", "Scatter", "Take", "Put", "Select", "Sort", "Topk", "Kth", "Mode"),
-    *("Median", "Unique", "Slice", "Split", "Unbind", "Cat", "Stack", "Roll", "Flip", "Rot90"),
-    *("AsStrided", "Segment", "Pack", "Pad", "EmbeddingBag", "Embedding", "Nested", "Jagged"),
-    *("Sparse", "Grouped", "CopySlices", "Diagonal", "Permutation", "Cpp"),
-)
-_FILLING = ("IndexFill", "ConstantPad", "ReflectionPad", "ReplicationPad", "CircularPad")
-# These sum or choose along an axis: multiplied by ones and zeros before, they are indices.
-_REDUCING = (
-    *("SumBackward1", "MeanBackward1", "MaxBackward0", "MinBackward0", "AmaxBackward0"),
-    *("AminBackward0", "LogsumexpBackward0", "ProdBackward1", "CumsumBackward0"),
-    *("CummaxBackward0", "CumminBackward0", "CumprodBackward0", "LogcumsumexpBackward0"),
-    *("SumBackward0", "MeanBackward0", "MaxBackward1", "MinBackward1", "ProdBackward0"),
-    *("NansumBackward0", "AminmaxBackward0", "StdBackward0", "StdMeanBackward0", "VarBackward0"),
-    *("VarMeanBackward0", "NormBackward0", "NormBackward1", "NormBackward2", "NormBackward3"),
-    *("LinalgVectorNormBackward0", "SoftmaxBackward0", "LogSoftmaxBackward0"),
-    *("FftC2CBackward0", "FftR2CBackward0", "FftC2RBackward0", "DotBackward0", "VdotBackward0"),
-    *("TraceBackward0", "CdistBackward0", "PdistBackward0", "LinalgMatrixNormBackward0"),
-)
+# Functions of each number alone, or of numbers in the same place: what is not known to be one of
+# these may put rows elsewhere.
+_STAYING = frozenset(
+    f"{name}Backward{version}"
+    for version in range(4)
+    for name in (
+        *(
+            "Add",
+            "Sub",
+            "Rsub",
+            "Mul",
+            "Div",
+            "Neg",
+            "Pow",
+            "Sqrt",
+            "Rsqrt",
+            "Reciprocal",
+            "Square",
+        ),
+        *("Exp", "Exp2", "Expm1", "Log", "Log1P", "Log2", "Log10", "Abs", "Sign", "Sgn", "Maximum"),
+        *("Minimum", "Clamp", "ClampMin", "ClampMax", "Floor", "Ceil", "Round", "Trunc", "Fmod"),
+        *("Remainder", "Lerp", "Addcmul", "Addcdiv", "Where", "MaskedFill", "Fill", "NanToNum"),
+        *("Sin", "Cos", "Tan", "Asin", "Acos", "Atan", "Atan2", "Sinh", "Cosh", "Tanh", "Erf"),
+        *("Erfc", "Erfinv", "Sigmoid", "LogSigmoid", "Relu", "LeakyRelu", "Elu", "Gelu", "Silu"),
+        *("Mish", "Softplus", "Hardtanh", "Hardsigmoid", "Hardswish", "Softshrink", "Hardshrink"),
+        *("Threshold", "RreluWithNoise", "NativeDropout", "FusedDropout", "Xlogy", "Logaddexp"),
+        *("Alias", "Clone", "Detach", "Copy", "ToCopy", "Zero", "Real", "Imag", "Angle", "Complex"),
+        *("ViewAsReal", "ViewAsComplex", "Conj", "ConjPhysical", "Polar", "Squeeze", "Lift"),
+        *("View", "UnsafeView", "ReshapeAlias"),  # looked at apart
+    )
+) | {"AccumulateGrad"}
+_FILLING = ("ConstantPad", "ReflectionPad", "ReplicationPad", "CircularPad")
 # These keep the examples apart if they are on the first axis: windows, and means over the others.
 _WINDOWS = ("Convolution", "Pool", "Upsample", "Im2Col", "Col2Im", "GridSampler", "GroupNorm")
 _SHIFTING = ("UnsqueezeBackward0", "ExpandBackward0")  # and then meet the others by broadcasting
@@ -55,12 +67,18 @@ def is_moving(kind: type) -> bool:
     if issubclass(kind, torch.autograd.function.BackwardCFunction):
         package = getattr(kind, "_forward_cls", kind).__module__  # of the function it belongs to
         return not package.startswith(("hf_dp.engines.tap", *_HARMLESS_PACKAGES))
-    name = kind.__name__
-    if name in _REDUCING or name in _PRODUCTS or name in _TURNING or name in _SHIFTING:
-        return True
-    if _is_attention(name) or _is_windowed(name) or "BatchNorm" in name or hasattr(kind, _NORMED):
-        return True
-    return any(part in name for part in _MOVING) and not name.startswith(_FILLING)
+    return kind.__name__ not in _STAYING and not kind.__name__.startswith(_FILLING)
+
+
+def hides_units(node: Any, num_units: int) -> bool:
+    """Whether a reshape puts an axis of one before the examples, where they meet others by broadcasting."""
+    shape = node._input_metadata[0].shape
+    if len(shape) == 0 or shape[0] != 1:
+        return False
+    return any(
+        before is not None and len(before) > 0 and before[0] % num_units == 0
+        for before in shapes_of(node)
+    )
 
 
 def _is_attention(name: str) -> bool:
@@ -139,6 +157,8 @@ def arranges(node: Any, tensors: Sequence[Sized | None]) -> bool:
         return any(tensor.has_units(0) for tensor in known)
     if name.startswith("AsStrided") and _stays(node, known):
         return False
+    if "Loss" in name and hasattr(node, "_saved_reduction"):
+        return bool(node._saved_reduction)  # 0 keeps one for each
     if "BatchNorm" in name:
         return getattr(node, "_saved_training", True) is not False
     if name in _SHIFTING:

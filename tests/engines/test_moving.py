@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hf_dp.clipping import FlatClipping
 from hf_dp.engines import BookKeepingEngine
 from hf_dp.engines.by_content import Graph
+from hf_dp.engines.moving import is_moving
 from hf_dp.errors import UncoveredParameterError
 
 T, D = 6, 12
@@ -175,3 +176,38 @@ def test_axes_turned_by_content_are_proved_anew() -> None:
             model, inputs, example_loss=turned_losses, clipping=FlatClipping(0.1)
         )
         assert_same_sum(found, naive(model, inputs, 0.1, turned_losses), 1e-10)
+
+
+class Reshaped(nn.Module):
+    """Examples meet by broadcasting a reshape, once they are far apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.layer(x)
+        count, width = h.shape
+        gaps = (h.view(count, 1, width) - h.view(1, count, width)).pow(2).sum(2)
+        losses: Tensor = h.pow(2).sum(1) + torch.relu(gaps - 40).mean(1)
+        return losses
+
+
+def test_examples_that_meet_by_reshapes_are_refused() -> None:
+    torch.manual_seed(0)
+    model, engine = Reshaped().double(), BookKeepingEngine()
+
+    def summed(scale: float) -> object:
+        batch = {"x": torch.randn(5, 4).double() * scale}
+        losses = lambda model, batch: model(batch["x"])  # noqa: E731
+        return engine.clipped_sum(model, batch, example_loss=losses, clipping=FlatClipping(1.0))
+
+    summed(0.1)
+    with pytest.raises(UncoveredParameterError):
+        summed(30.0)
+
+
+def test_a_function_that_is_not_known_is_proved_every_time() -> None:
+    kind = type("FancyNewBackward0", (), {})
+    assert is_moving(kind)
+    assert not is_moving(type("SiluBackward0", (), {}))
