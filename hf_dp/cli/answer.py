@@ -25,6 +25,15 @@ _SAMPLINGS = {
 }
 
 
+_NEIGHBORS = {
+    "add_or_remove_one": "by one {unit}, there or not (the number of {unit}s not being used to plan the run)",
+    "replace_special": "in one {unit}, replaced by one that contributes nothing",
+    "replace_one": "in one {unit}, replaced by any other: a stronger claim than the other samplers', and not "
+    "to be compared figure by figure",
+}
+_LARGE_DELTA = 1e-3
+
+
 def show(
     run: PoissonRun | SampledRun, guarantee: Guarantee, *, as_json: bool, **more: float
 ) -> None:
@@ -75,17 +84,25 @@ def _show_table(facts: Mapping[str, Any]) -> None:
         "sampling",
         "sampling_probability",
         "num_steps",
+        "expected_batch_size",
         "accountant",
     ):
-        table.add_row(name.replace("_", " "), str(facts[name]))
+        if name in facts:
+            table.add_row(name.replace("_", " "), str(facts[name]))
     console = Console(highlight=False)
     console.print(table)
     console.print(_sentence(facts), soft_wrap=True)
+    if facts["delta"] > _LARGE_DELTA:
+        console.print(
+            f"With chance delta = {facts['delta']:g} anything may be revealed: use less than 1 / number of "
+            f"{facts['unit']}s.",
+            soft_wrap=True,
+        )
 
 
 def _sentence(facts: Mapping[str, Any]) -> str:
-    relation = str(facts["relation"]).replace("_", " ")
-    about = f"neighbouring datasets that differ in one {facts['unit']} ({relation})"
+    differ = _NEIGHBORS[facts["relation"]].format(unit=facts["unit"])
+    about = f"neighbouring datasets that differ {differ}"
     if not facts["is_upper_bound"] and math.isinf(facts["epsilon"]):
         return (
             f"Accountant {facts['accountant']!r} only estimates, so no epsilon is guaranteed; the estimate "

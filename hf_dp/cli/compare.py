@@ -137,6 +137,16 @@ def _check_plot(path: Path) -> None:
                 "Use for example --plot epsilon.svg.",
             )
         )
+    if not path.absolute().parent.is_dir():
+        raise ConfigurationError(
+            explain(
+                "compare.plot",
+                str(path),
+                "a file in a folder that exists",
+                "The plot could not be kept.",
+                f"Make the folder {path.parent} first.",
+            )
+        )
     try:
         import matplotlib  # noqa: F401  # asked for before minutes are spent
     except ImportError:

@@ -72,6 +72,6 @@ def _show(rows: list[Recomputed]) -> None:
         f"{worst.task} at delta = {worst.delta:g}: claimed {worst.claimed:.2f}, certified "
         f"{rounded_up(worst.certified)}. Of the {best.claimed_saving:.1%} less noise than PRV that "
         f"the estimate promises there, {best.real_saving:.1%} is real; the rest is missing privacy. (The "
-        "runs drew shuffled batches, so not even that holds for them: it is what Poisson sampling gives.)",
+        "runs drew shuffled batches, for which neither number holds: both are for Poisson sampling.)",
         soft_wrap=True,
     )

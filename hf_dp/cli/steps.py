@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import typer
+
 from hf_dp.cli.options import (
     AccountantName,
     AsJson,
@@ -23,7 +25,7 @@ def steps(
 ) -> None:
     """Print how many steps keep epsilon within a target, within 0.1%."""
     from hf_dp.accounting import accountant_named
-    from hf_dp.accounting.affordable import most_steps
+    from hf_dp.accounting.affordable import MOST_STEPS, most_steps
     from hf_dp.cli.answer import show
     from hf_dp.cli.run import PoissonRun
     from hf_dp.events import Gaussian, PoissonSampled
@@ -40,3 +42,5 @@ def steps(
     run = PoissonRun(sampling_probability, count, noise_multiplier)
     guarantee = chosen.guarantee(run.event(), delta=delta, unit=run.unit, relation=run.relation)
     show(run, guarantee, as_json=as_json)
+    if count == MOST_STEPS and not as_json:
+        typer.echo("The search ends at so many steps: the target allows more.")

@@ -236,7 +236,10 @@ class Coverage:
 
 def _owners(model: nn.Module) -> list[tuple[Any, ...]]:
     return [
-        (id(module), type(module), type(module).forward, vars(module).get("forward"))
+        (
+            *(id(module), type(module), type(module).forward, vars(module).get("forward")),
+            *(getattr(type(module), "_apply_gate", None), vars(module).get("_apply_gate")),
+        )
         for module in model.modules()
         if module._parameters
     ]

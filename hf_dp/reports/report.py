@@ -12,7 +12,7 @@ from typing import Any, Self
 from hf_dp.accounting import accountant_named
 from hf_dp.accounting.base import Guarantee
 from hf_dp.accounting.shown import rounded_up
-from hf_dp.errors import LedgerError
+from hf_dp.errors import LedgerError, explain
 from hf_dp.events import NeighboringRelation, from_json
 from hf_dp.ledger import LEDGER_NAME, LedgerRecord, read_ledger
 
@@ -56,6 +56,16 @@ class PrivacyReport:
         file = Path(path)
         if file.is_dir():
             file = file / LEDGER_NAME
+        if not file.exists():
+            raise LedgerError(
+                explain(
+                    "report.run_dir",
+                    str(path),
+                    f"a folder with a {LEDGER_NAME}, or such a file",
+                    "The ledger says what a run released.",
+                    "Pass the output_dir of a DPTrainer run, or one of its checkpoints.",
+                )
+            )
         return cls._of(read_ledger(file), accountant)
 
     @classmethod
@@ -140,6 +150,8 @@ class PrivacyReport:
     def _holds_for_adding(self) -> bool:
         """Whether the claim for a public number of units carries over to adding or removing one."""
         if self.guarantee.relation is not NeighboringRelation.REPLACE_SPECIAL:
+            return False
+        if "step_event" not in self.header:
             return False
         claimed = accountant_named(self.guarantee.accountant)
         return claimed.can_cost(

@@ -57,7 +57,11 @@ class DPArguments:
         },
     )
     accountant: str = field(
-        default="pld", metadata={"help": "Who computes epsilon: 'pld' (tight) or 'rdp'."}
+        default="pld",
+        metadata={
+            "help": "Who computes epsilon: 'pld' (tight), 'edgeworth' (an estimate, certified by 'pld') "
+            "or 'rdp'."
+        },
     )
     sampling: str = field(
         default="poisson",

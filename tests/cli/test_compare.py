@@ -79,3 +79,11 @@ def test_counts_rise_to_the_last(num_steps: int) -> None:
     assert counts[-1] == num_steps
     assert counts == sorted(set(counts))
     assert counts[0] >= 1
+
+
+def test_a_plot_in_a_folder_that_is_not_there_is_refused_before_work(
+    hf_dp_program: Program, tmp_path: Path
+) -> None:
+    answer = hf_dp_program(*WORDS, "--plot", tmp_path / "none" / "e.svg")
+    assert (answer.code, answer.out) == (2, "")
+    assert "folder that exists" in answer.err

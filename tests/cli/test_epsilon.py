@@ -56,7 +56,7 @@ def test_the_table_says_what_epsilon_is_about(hf_dp_program: Callable[..., Any])
     epsilon = accountant_named("pld").guarantee(RUN.event(), delta=1e-6).epsilon
     for part in (rounded_up(epsilon, digits=5), "1e-06", "0.9", "0.01", "500"):
         assert part in answer.out
-    for part in ("proven upper bound", "'pld'", "one example", "add or remove one", "Poisson"):
+    for part in ("proven upper bound", "'pld'", "by one example, there or not", "Poisson"):
         assert part in answer.out
 
 
@@ -110,3 +110,10 @@ def test_an_infinite_epsilon_is_null_in_json_and_inf_in_words(
 def test_what_is_not_proven_is_not_called_a_bound(capsys: pytest.CaptureFixture[str]) -> None:
     show(RUN, Guarantee(1.0, 1e-6, False, "other"), as_json=False)
     assert "not proven to be an upper bound" in capsys.readouterr().out
+
+
+def test_a_delta_that_may_reveal_anything_is_pointed_out(hf_dp_program: Callable[..., Any]) -> None:
+    words = ["epsilon", "--sampling-probability", "0.01", "--noise-multiplier", "1"]
+    words += ["--num-steps", "10", "--delta"]
+    assert "anything may be revealed" in hf_dp_program(*words, "0.5").out
+    assert "anything may be revealed" not in hf_dp_program(*words, "1e-6").out

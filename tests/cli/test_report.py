@@ -82,3 +82,4 @@ def test_a_ledger_that_cannot_be_trusted_is_explained(
     assert answer.code == 2
     assert answer.err.startswith("Error: ")
     assert answer.out == ""
+    assert what == "damaged" or "Pass the output_dir" in answer.err
