@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-import transformers as tf  # noqa: F401 - its lazy modules are reached by name
+import transformers as tf
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -30,6 +31,7 @@ FAMILIES = {
     "openai_privacy_filter": "OpenAIPrivacyFilterExperts",  # computes in float32
     "longcat_flash": "LongcatFlashExperts",  # not of the library's common interface
 }
+NEWER = {"aria", "inkling2"}  # not fused, or not there, in the oldest version that is supported
 
 
 class _Config(SimpleNamespace):
@@ -171,6 +173,8 @@ def the_rule_for(module: nn.Module) -> Experts:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_library_s_experts_are_found_and_answered_for(family: str) -> None:
+    if family in NEWER and Version(tf.__version__) < Version("5.23"):
+        pytest.skip("the experts are fused in newer versions")
     module = of_family(family)
     tolerance = 1e-6 if family in {"inkling2", "openai_privacy_filter"} else 1e-12
     assert worst(module, the_rule_for(module)) < tolerance
