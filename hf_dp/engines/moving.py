@@ -57,7 +57,10 @@ _PRODUCTS: dict[str, dict[int, int]] = {
     "LinearBackward0": {0: -1},
 }
 _TURNING = ("TransposeBackward0", "PermuteBackward0", "TBackward0")
-_HARMLESS_PACKAGES = ("bitsandbytes.", "torch.utils.checkpoint", "transformers.models.bloom.")
+_HARMLESS_PACKAGES = (
+    *("bitsandbytes.", "torch.utils.checkpoint", "transformers.models.bloom."),
+    *("hf_dp.engines.tap", "hf_dp.training.reductions"),
+)
 
 Shape = tuple[int, ...]
 
@@ -66,7 +69,7 @@ def is_moving(kind: type) -> bool:
     """Whether nodes of this kind may put rows elsewhere along some axis."""
     if issubclass(kind, torch.autograd.function.BackwardCFunction):
         package = getattr(kind, "_forward_cls", kind).__module__  # of the function it belongs to
-        return not package.startswith(("hf_dp.engines.tap", *_HARMLESS_PACKAGES))
+        return not package.startswith(_HARMLESS_PACKAGES)
     return kind.__name__ not in _STAYING and not kind.__name__.startswith(_FILLING)
 
 

@@ -6,8 +6,11 @@ adds exactly nothing to the loss and to its gradient, even where its logits are 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from hf_dp.errors import ConfigurationError, explain
@@ -53,13 +56,55 @@ def token_losses(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0
     # Gathering first keeps NaN at ignored positions out of the gradient, and spares the upcast of
     # prompts and padding.
     per_token = F.cross_entropy(
-        _wide(logits[active]),
+        _wide(_taken(logits, active)),
         labels[active].long(),
         reduction="none",
         label_smoothing=label_smoothing,
     )
-    placed = per_token.new_zeros(labels.shape).masked_scatter(active, per_token)
-    return placed.sum(dim=1) / active.sum(dim=1).clamp(min=1)
+    return _put_back(per_token, active).sum(dim=1) / active.sum(dim=1).clamp(min=1)
+
+
+class _Taken(torch.autograd.Function):
+    """``tensor[mask]``, which the engine need not look at: `_PutBack` returns all to its place."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, mask: Tensor) -> Tensor:
+        ctx.save_for_backward(mask)
+        ctx.shape = tensor.shape
+        return tensor[mask]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        [mask] = ctx.saved_tensors
+        whole = grad.new_zeros(ctx.shape)
+        whole[mask] = grad
+        return whole, None
+
+
+class _PutBack(torch.autograd.Function):
+    """Zeros of the mask's shape, with the numbers where it is true."""
+
+    @staticmethod
+    def forward(ctx: Any, numbers: Tensor, mask: Tensor) -> Tensor:
+        ctx.save_for_backward(mask)
+        return numbers.new_zeros(mask.shape).masked_scatter(mask, numbers)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        [mask] = ctx.saved_tensors
+        return grad[mask], None
+
+
+def _taken(tensor: Tensor, mask: Tensor) -> Tensor:
+    taken: Tensor = _Taken.apply(tensor, mask)  # type: ignore[no-untyped-call]
+    return taken
+
+
+def _put_back(numbers: Tensor, mask: Tensor) -> Tensor:
+    whole: Tensor = _PutBack.apply(numbers, mask)  # type: ignore[no-untyped-call]
+    return whole
 
 
 def class_losses(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
