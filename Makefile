@@ -37,11 +37,15 @@ lint: $(VENV)/test.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# One process for each core, each with one thread: the models are too small for more.
+test check: export OMP_NUM_THREADS = 1
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist worksteal
+
 test: lint  ## everything that needs no accelerator
-	$(BIN)/python -m pytest -m "not gpu"
+	$(PYTEST) -m "not gpu"
 
 check: lint  ## the quick part of it, before each commit
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
 
 clean:  ## remove what the targets made
 	rm -rf $(VENV) .ci-venv build *.egg-info .mypy_cache .pytest_cache .ruff_cache

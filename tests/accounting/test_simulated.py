@@ -178,7 +178,11 @@ def faults() -> Iterator[tuple[PrivacyEvent, int, Callable[[PrivacyEvent], objec
 
 
 @pytest.mark.statistical
-@pytest.mark.parametrize(("event", "count", "wrong"), list(faults()), ids=str)
+@pytest.mark.parametrize(
+    ("event", "count", "wrong"),
+    list(faults()),
+    ids=lambda value: getattr(value, "__qualname__", str(value)),
+)
 def test_planted_faults_are_seen(
     event: PrivacyEvent,
     count: int,
