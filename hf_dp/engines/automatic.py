@@ -12,6 +12,7 @@ from hf_dp.clipping.base import ClippingPolicy
 from hf_dp.clipping.loss import LossRelease
 from hf_dp.engines.base import ExampleLoss, GradientEngine, empty_sum, is_out_of_memory
 from hf_dp.engines.book_keeping import BookKeepingEngine
+from hf_dp.engines.owners import Owners
 from hf_dp.engines.rows import batch_size
 from hf_dp.engines.sequential import SequentialEngine
 from hf_dp.engines.sharded import is_sharded
@@ -53,6 +54,7 @@ class AutomaticEngine(GradientEngine):
         example_loss: ExampleLoss,
         clipping: ClippingPolicy,
         loss_release: LossRelease | None = None,
+        owners: Owners | None = None,
     ) -> ClippedSum:
         if batch_size(inputs) == 0 and not is_sharded(model):
             return empty_sum(model, loss_release)
@@ -65,6 +67,7 @@ class AutomaticEngine(GradientEngine):
                 example_loss=example_loss,
                 clipping=clipping,
                 loss_release=loss_release,
+                owners=owners,
             )
 
         try:

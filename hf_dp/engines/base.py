@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hf_dp.clipping.base import ClippingPolicy
 from hf_dp.clipping.loss import LossRelease
+from hf_dp.engines.owners import Owners
 from hf_dp.engines.sharded import whole_parameters
 from hf_dp.errors import ConfigurationError, explain
 from hf_dp.layers.factors import wide
@@ -40,8 +41,9 @@ class GradientEngine(ABC):
         example_loss: ExampleLoss,
         clipping: ClippingPolicy,
         loss_release: LossRelease | None = None,
+        owners: Owners | None = None,
     ) -> ClippedSum:
-        """The sum over a micro-batch of clipped per-example gradients.
+        """The sum over a micro-batch of clipped per-unit gradients.
 
         Args:
             model: Trainable parameters are those with ``requires_grad``.
@@ -49,10 +51,12 @@ class GradientEngine(ABC):
             example_loss: One loss per example.
             clipping: Bounds gradient and loss coordinate together.
             loss_release: How the loss enters the release; None leaves it out.
+            owners: Which rows make a unit, clipped as one; None if each row is a unit. ``norms`` and
+                ``losses`` (means over a unit's rows) of the result are then ``(U,)``.
 
         Guarantees:
-            * One example moves the result by at most ``clipping.sensitivity``, whatever it holds; an
-              example whose gradient or loss is not finite adds nothing.
+            * One unit moves the result by at most ``clipping.sensitivity``, whatever it holds; a unit
+              whose gradient or loss is not finite adds nothing.
         """
 
 

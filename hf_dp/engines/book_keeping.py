@@ -25,6 +25,7 @@ from hf_dp.engines.base import (
     sums_of_all,
 )
 from hf_dp.engines.books import Books
+from hf_dp.engines.owners import Owners, checked_owners
 from hf_dp.engines.precision import full_precision
 from hf_dp.engines.recorder import Recorder
 from hf_dp.engines.rows import batch_size
@@ -56,15 +57,22 @@ class BookKeepingEngine(GradientEngine):
         example_loss: ExampleLoss,
         clipping: ClippingPolicy,
         loss_release: LossRelease | None = None,
+        owners: Owners | None = None,
     ) -> ClippedSum:
+        checked_owners(owners, inputs)
         if batch_size(inputs) == 0:
             return empty_sum(model, loss_release)
         why = "It answers for layers whose parameters have gone back into shards."
         refuse_sharded(model, self.name, why)
         with contextlib.suppress(UnprovedError):
-            return self._clipped_sum(model, inputs, example_loss, clipping, loss_release)
+            return self._clipped_sum(model, inputs, example_loss, clipping, loss_release, owners)
         return SequentialEngine().clipped_sum(
-            model, inputs, example_loss=example_loss, clipping=clipping, loss_release=loss_release
+            model,
+            inputs,
+            example_loss=example_loss,
+            clipping=clipping,
+            loss_release=loss_release,
+            owners=owners,
         )
 
     def _clipped_sum(
@@ -74,9 +82,10 @@ class BookKeepingEngine(GradientEngine):
         example_loss: ExampleLoss,
         clipping: ClippingPolicy,
         loss_release: LossRelease | None,
+        owners: Owners | None,
     ) -> ClippedSum:
         books = Books()
-        with self.recorder.forward(model, inputs, example_loss) as passed:
+        with self.recorder.forward(model, inputs, example_loss, owners) as passed:
             passed.backward(books.add, on_group=books.add_group)
         losses = passed.losses
         policy = gradient_clipping(clipping, loss_release)

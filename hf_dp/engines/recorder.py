@@ -15,6 +15,7 @@ from hf_dp.engines.attribution import prove
 from hf_dp.engines.base import ExampleLoss, checked_losses
 from hf_dp.engines.by_content import Graph
 from hf_dp.engines.coverage import Coverage, NotTappableError, coverage_of
+from hf_dp.engines.owners import Owners
 from hf_dp.engines.precision import full_precision
 from hf_dp.engines.rows import batch_size
 from hf_dp.engines.settle import check_folds, settle
@@ -49,7 +50,11 @@ class Recorder:
 
     @contextlib.contextmanager
     def forward(
-        self, model: nn.Module, inputs: Mapping[str, Any], example_loss: ExampleLoss
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        example_loss: ExampleLoss,
+        owners: Owners | None = None,
     ) -> Iterator[Pass]:
         """One forward pass of a micro-batch, whose backward pass may be run within the context.
 
@@ -57,6 +62,7 @@ class Recorder:
             model: Trainable parameters are those with ``requires_grad``.
             inputs: One or more examples.
             example_loss: One loss per example.
+            owners: Which examples make a unit; None if each is one.
 
         Raises:
             UncoveredParameterError: Some gradient cannot be told apart by example.
@@ -64,14 +70,14 @@ class Recorder:
         coverage = self._settled(model, inputs, example_loss)
         with contextlib.ExitStack() as stack:
             try:
-                passed = _run(stack, coverage, model, inputs, example_loss)
+                passed = _run(stack, coverage, model, inputs, example_loss, owners)
             except NotTappableError:  # not as the first examples were
                 if is_sharded(model):
                     raise  # the other ranks do not run it again
                 stack.close()
                 coverage.proved.clear()
                 settle(model, inputs, coverage, example_loss, deep=True)
-                passed = _run(stack, coverage, model, inputs, example_loss)
+                passed = _run(stack, coverage, model, inputs, example_loss, owners)
             yield passed
 
     def _settled(
@@ -92,13 +98,14 @@ def _run(
     model: nn.Module,
     inputs: Mapping[str, Any],
     example_loss: ExampleLoss,
+    owners: Owners | None,
 ) -> Pass:
     num_units = batch_size(inputs)
     record = stack.enter_context(recording(coverage, num_units))
     losses = checked_losses(example_loss(model, inputs), num_units)
     check_folds(record, inputs, num_units)
     _prove(coverage, record, losses, Ranks(model))
-    return Pass(coverage, record, losses, num_units)
+    return Pass(coverage, record, losses, owners)
 
 
 def _prove(coverage: Coverage, record: Recording, losses: Tensor, ranks: Ranks) -> None:
@@ -131,20 +138,22 @@ class Pass:
     """A forward pass that was run under taps.
 
     Attributes:
-        losses: One loss per unit, ``(B,)``, detached.
+        losses: One loss per unit, ``(U,)``, detached.
         parameters: Name -> trainable parameter.
     """
 
     def __init__(
-        self, coverage: Coverage, record: Recording, losses: Tensor, num_units: int
+        self, coverage: Coverage, record: Recording, losses: Tensor, owners: Owners | None
     ) -> None:
-        """Made by `Recorder.forward`."""
-        self.losses = losses.detach()
+        """Made by `Recorder.forward` of losses ``(B,)``, one for each row."""
+        rows = losses.detach()
+        self.losses = rows if owners is None else owners.means(rows)
         self.parameters = coverage.parameters
-        self._with_graph = losses
+        self._with_graph = losses if owners is None else owners.weighted(losses)
+        self._packing = None if owners is None else owners.packing()
         self._coverage = coverage
         self._record = record
-        self._num_units = num_units
+        self._num_rows = len(rows)
         self._names = {id(p): name for name, p in coverage.parameters.items()}
 
     @property
@@ -177,7 +186,7 @@ class Pass:
                 return
             with full_precision(self.losses.device):
                 for parameter, factor in self._answers(call):
-                    _take(parts[self._names[id(parameter)]], factor)
+                    _take(parts[self._names[id(parameter)]], self._of_units(factor))
                 for name in self._count_down(call, left):
                     complete(name)
 
@@ -202,7 +211,7 @@ class Pass:
                     on_group(group)
             else:
                 for parameter, factor in self._answers(found):
-                    on_factor(self._names[id(parameter)], factor)
+                    on_factor(self._names[id(parameter)], self._of_units(factor))
 
     def _count_down(self, call: Call, left: Counter[int]) -> list[str]:
         """The parameters whose last use this was."""
@@ -220,23 +229,30 @@ class Pass:
         count = len(next(iter(alike.parameters.values())))
         rule, module = alike.point.rule, alike.point.module
         assert rule is not None
-        answers = rule(module, alike.inputs, alike.output_grads, count * self._num_units)
+        answers = rule(module, alike.inputs, alike.output_grads, count * self._num_rows)
         factors = {id(p): factor for p, factor in answers}
         for key, parameters in alike.parameters.items():
-            yield Group([self._names[id(p)] for p in parameters], factors[key])
+            factor = self._of_units(factors[key], times=count)
+            yield Group([self._names[id(p)] for p in parameters], factor)
+
+    def _of_units(self, factor: Factor, *, times: int = 1) -> Factor:
+        """A factor of so many times the micro-batch's rows as one of the units that own them."""
+        if self._packing is None:
+            return factor
+        return factor.grouped(self._packing if times == 1 else self._packing.times(times))
 
     def _answers(self, call: Call) -> list[tuple[nn.Parameter, Factor]]:
         point = call.point
         if point.rule is None:
             assert point.generic is not None
-            return list(point.generic(whole_call(call, self._num_units)))
+            return list(point.generic(whole_call(call, self._num_rows)))
         inputs, [output_grads], axis = call.inputs[0], call.output_grads, call.context
         assert output_grads is not None  # calls without any are not handed on
         if axis != FIRST:
             inputs, output_grads = (
-                axis.units_first(tensor, self._num_units) for tensor in (inputs, output_grads)
+                axis.units_first(tensor, self._num_rows) for tensor in (inputs, output_grads)
             )
-        answers = list(point.rule(point.module, inputs, output_grads, self._num_units))
+        answers = list(point.rule(point.module, inputs, output_grads, self._num_rows))
         answered = {id(parameter) for parameter, _ in answers}
         wanted = {id(parameter) for parameter in point.parameters}
         if not wanted <= answered:

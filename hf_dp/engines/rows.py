@@ -58,6 +58,11 @@ def row(inputs: Mapping[str, Any], index: int) -> dict[str, Any]:
     return {name: _cut(name, value, slice(index, index + 1)) for name, value in inputs.items()}
 
 
+def rows(inputs: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]:
+    """The examples from `start` to before `stop` as a smaller batch: a new dict whose tensors are views."""
+    return {name: _cut(name, value, slice(start, stop)) for name, value in inputs.items()}
+
+
 def select_rows(inputs: Mapping[str, Any], indices: Sequence[int]) -> dict[str, Any]:
     """The examples at `indices`, in that order, as a smaller batch: a new dict of copies."""
     batch_size(inputs)

@@ -1,13 +1,14 @@
-"""One example at a time: slow, obvious, exact for every model. The oracle, and the fall-back."""
+"""One unit at a time: slow, obvious, exact for every model. The oracle, and the fall-back."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from hf_dp._validate import positive_integer
 from hf_dp.clipping.base import ClippingPolicy
 from hf_dp.clipping.loss import LossRelease
 from hf_dp.engines.base import (
@@ -19,8 +20,9 @@ from hf_dp.engines.base import (
     released_losses,
     trainable_parameters,
 )
+from hf_dp.engines.owners import Owners, checked_owners
 from hf_dp.engines.precision import full_precision
-from hf_dp.engines.rows import batch_size, row
+from hf_dp.engines.rows import batch_size, rows
 from hf_dp.engines.sharded import refuse_sharded
 from hf_dp.errors import UncoveredParameterError
 from hf_dp.layers.factors import Vec, wide
@@ -28,9 +30,23 @@ from hf_dp.sums import ClippedSum
 
 
 class SequentialEngine(GradientEngine):
-    """Ordinary autograd on each example alone. Cost: B forward and backward passes of batch size 1."""
+    """Ordinary autograd on each unit alone. Cost: a forward and a backward pass for each.
+
+    A unit of several rows may be larger than memory: its rows are taken `rows_at_once` at a time, and their
+    gradients added up before they are clipped as one.
+    """
 
     name: ClassVar[str] = "sequential"
+
+    def __init__(self, rows_at_once: int = 1) -> None:
+        """Take at most `rows_at_once` rows of one unit together."""
+        positive_integer(
+            "SequentialEngine.rows_at_once",
+            rows_at_once,
+            "It is how many of one user's examples are in memory together.",
+            "Use per_device_train_batch_size.",
+        )
+        self.rows_at_once = rows_at_once
 
     def clipped_sum(
         self,
@@ -40,27 +56,51 @@ class SequentialEngine(GradientEngine):
         example_loss: ExampleLoss,
         clipping: ClippingPolicy,
         loss_release: LossRelease | None = None,
+        owners: Owners | None = None,
     ) -> ClippedSum:
         refuse_sharded(model, self.name, "One rank's examples would be run on all of them.")
+        checked_owners(owners, inputs)
+        owners = owners or Owners((1,) * batch_size(inputs))
         summed = empty_sum(model, loss_release)
-        for index in range(batch_size(inputs)):
-            one = _one(model, row(inputs, index), example_loss, clipping, loss_release)
-            summed = summed + one
+        for unit in _units(inputs, owners):
+            loss, grads = self._of_unit(model, unit, example_loss, owners)
+            summed = summed + _clipped(loss, grads, clipping, loss_release)
         return summed
 
+    def _of_unit(
+        self, model: nn.Module, unit: Mapping[str, Any], example_loss: ExampleLoss, owners: Owners
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean loss of a unit's rows, ``(1,)``, and its gradient as its owner's reduction has it."""
+        parameters = trainable_parameters(model)
+        size = batch_size(unit)
+        mine = Owners((size,), owners.reduction)
+        losses: list[Tensor] = []
+        total: dict[str, Tensor] = {}
+        for start in range(0, size, self.rows_at_once):
+            stop = min(start + self.rows_at_once, size)
+            each = checked_losses(example_loss(model, rows(unit, start, stop)), stop - start)
+            grads = _gradients(each if mine.sums else each / size, parameters)
+            losses.append(each.detach())
+            for name, grad in grads.items():
+                total[name] = total[name] + grad if name in total else grad  # two may be one tensor
+        return mine.means(torch.cat(losses)), total
 
-def _one(
-    model: nn.Module,
-    example: Mapping[str, Any],
-    example_loss: ExampleLoss,
+
+def _units(inputs: Mapping[str, Any], owners: Owners) -> Iterator[dict[str, Any]]:
+    start = 0
+    for size in owners.sizes:
+        yield rows(inputs, start, start + size)
+        start += size
+
+
+def _clipped(
+    loss: Tensor,
+    grads: Mapping[str, Tensor],
     clipping: ClippingPolicy,
     loss_release: LossRelease | None,
 ) -> ClippedSum:
-    parameters = trainable_parameters(model)
-    loss = checked_losses(example_loss(model, example), 1)
-    grads = _gradients(loss, parameters)
+    """The clipped sum of one unit, from its loss ``(1,)`` and its gradient."""
     with full_precision(loss.device):
-        loss = loss.detach()
         squared = {name: Vec(grad[None]).squared_norm() for name, grad in grads.items()}
         squared = {
             name: values.masked_fill(~torch.isfinite(loss), torch.inf)

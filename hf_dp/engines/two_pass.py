@@ -26,6 +26,7 @@ from hf_dp.engines.base import (
     released_losses,
     sums_of_all,
 )
+from hf_dp.engines.owners import Owners, checked_owners
 from hf_dp.engines.precision import full_precision
 from hf_dp.engines.recorder import Pass, Recorder
 from hf_dp.engines.rows import batch_size
@@ -62,15 +63,24 @@ class TwoPassEngine(GradientEngine):
         example_loss: ExampleLoss,
         clipping: ClippingPolicy,
         loss_release: LossRelease | None = None,
+        owners: Owners | None = None,
     ) -> ClippedSum:
+        checked_owners(owners, inputs)
         ranks = Ranks(model)
         ranks.check_equal(batch_size(inputs))
         if batch_size(inputs) == 0:
             return empty_sum(model, loss_release)
         with contextlib.suppress(UnprovedError):
-            return self._clipped_sum(model, inputs, example_loss, clipping, loss_release, ranks)
+            return self._clipped_sum(
+                model, inputs, example_loss, clipping, loss_release, owners, ranks
+            )
         return SequentialEngine().clipped_sum(
-            model, inputs, example_loss=example_loss, clipping=clipping, loss_release=loss_release
+            model,
+            inputs,
+            example_loss=example_loss,
+            clipping=clipping,
+            loss_release=loss_release,
+            owners=owners,
         )
 
     def _clipped_sum(
@@ -80,11 +90,12 @@ class TwoPassEngine(GradientEngine):
         example_loss: ExampleLoss,
         clipping: ClippingPolicy,
         loss_release: LossRelease | None,
+        owners: Owners | None,
         ranks: Ranks,
     ) -> ClippedSum:
         policy = gradient_clipping(clipping, loss_release)
         found: dict[str, Tensor] = {}
-        with self.recorder.forward(model, inputs, example_loss) as passed:
+        with self.recorder.forward(model, inputs, example_loss, owners) as passed:
             parameters = passed.parameters
             norms = _Norms(passed)
             passed.backward(norms.measure, again=True)

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from hf_dp.layers.base import trains
 from hf_dp.layers.factors import Factor, Mat, Vec, wide
+from hf_dp.layers.packing import Packing
 
 
 class Reshaped(Factor):
@@ -39,6 +40,9 @@ class Reshaped(Factor):
 
     def select(self, units: Tensor) -> Reshaped:
         return Reshaped(self.inner.select(units), self.shape)
+
+    def grouped(self, packing: Packing) -> Reshaped:
+        return Reshaped(self.inner.grouped(packing), self.shape)
 
     def dense(self) -> Vec:
         values = self.inner.dense().values

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from hf_dp.errors import UncoveredParameterError
 from hf_dp.layers.factors import Factor, Vec
 from hf_dp.layers.lookup import lookup_of
+from hf_dp.layers.packing import Packing
 from hf_dp.layers.recognise_experts import experts_of
 from hf_dp.layers.whole import WholeCall
 
@@ -248,6 +249,17 @@ class Recomputed(Factor):
 
     def select(self, units: Tensor) -> Recomputed:
         return Recomputed(self.source, self.index, [self.units[u] for u in units.tolist()])
+
+    def grouped(self, packing: Packing) -> Factor:
+        if packing.is_trivial:
+            return self
+        first = self.select(torch.tensor([0])).dense().values
+        sums = first.new_zeros(packing.num_units, *first.shape[1:])
+        for row, unit in enumerate(
+            packing.owners.tolist()
+        ):  # one row's gradient in memory at a time
+            sums[unit] += self.select(torch.tensor([row])).dense().values[0]
+        return Vec(sums)
 
     def dense(self) -> Vec:
         empty = torch.zeros_like(self.source.grad(0, self.index)) if -1 in self.units else None

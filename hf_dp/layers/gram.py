@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hf_dp.layers.per_unit import sum_of, wide
+from hf_dp.layers.views import same_numbers
 
 BUFFER = 2**20
 """Numbers that wait to be summed, unless one product alone has more."""
@@ -164,13 +165,3 @@ def _uncancelled(mine: Blocks, others: list[Blocks], width: int, other_width: in
 def _diagonal(block: Tensor) -> Tensor:
     rows = block.shape[-2]
     return block[..., :rows].diagonal(dim1=-2, dim2=-1)
-
-
-def same_numbers(one: Tensor, other: Tensor) -> bool:
-    """Whether both are the same view of the same memory, `one` being held alive meanwhile."""
-    return one is other or (
-        one.data_ptr() == other.data_ptr()
-        and one.shape == other.shape
-        and one.stride() == other.stride()
-        and one.dtype == other.dtype
-    )

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_dp.layers.gram import Squares, squares_of_product
+from hf_dp.layers.packing import Packing
 from hf_dp.layers.per_unit import (
     Factor,
     Vec,
@@ -115,6 +116,14 @@ class Mat(Factor):
         if self._dense is not None:
             some._dense, some._settled = self._dense.select(units), self._settled
         return some
+
+    def grouped(self, packing: Packing) -> Mat | Vec:
+        if packing.is_trivial:
+            return self
+        if self._dense is not None:
+            return self._dense.grouped(packing)
+        self.trimmed()  # padding is at the end of a row now, and inside a unit afterwards
+        return Mat(packing.joined(self.left), packing.joined(self.right, shared=True))
 
     def dense(self) -> Vec:
         if self._dense is None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_dp.layers.mat import Mat
+from hf_dp.layers.packing import Packing
 from hf_dp.layers.per_unit import (
     Factor,
     Vec,
@@ -108,6 +109,13 @@ class OneHot(Factor):
         elif self._dense is not None and units is not None:
             made._dense = self._dense.select(units)
         return made
+
+    def grouped(self, packing: Packing) -> OneHot | Vec:
+        if packing.is_trivial:
+            return self
+        if self._dense is not None:
+            return self._dense.grouped(packing)
+        return OneHot(packing.joined(self.ids), packing.joined(self.rows), self.num_rows)
 
     def dense(self) -> Vec:
         if self._dense is not None:

@@ -15,6 +15,8 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from hf_dp.layers.packing import Packing
+
 _ROW = 256  # a float32 norm of rows this long is right to 2e-7; of longer ones it loses digits on the CPU
 
 
@@ -61,6 +63,10 @@ class Factor(ABC):
     @abstractmethod
     def dense(self) -> Vec:
         """The same gradients written out, ``(B, *shape)``."""
+
+    def grouped(self, packing: Packing) -> Factor:
+        """The same with rows that belong together as one unit: its gradient is the sum of theirs."""
+        return self.dense().grouped(packing)
 
     def settle(self) -> None:
         """Take the form that is cheapest to keep until the sum; nothing will be merged in any more."""
@@ -110,6 +116,9 @@ class Vec(Factor):
     def dense(self) -> Vec:
         return self
 
+    def grouped(self, packing: Packing) -> Vec:
+        return self if packing.is_trivial else Vec(packing.added(self.values))
+
     def written(self) -> Vec | None:
         return self
 
@@ -150,6 +159,9 @@ class Total(Factor):
 
     def select(self, units: Tensor) -> Total:
         return Total([part.select(units) for part in self.parts])
+
+    def grouped(self, packing: Packing) -> Total:
+        return Total([part.grouped(packing) for part in self.parts])
 
     def dense(self) -> Vec:
         return Vec(sum_of([part.dense().values for part in self.parts]))

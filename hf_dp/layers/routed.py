@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hf_dp.layers.gram import LARGEST, squares_of_product
 from hf_dp.layers.mat import Mat
+from hf_dp.layers.packing import Packing
 from hf_dp.layers.per_unit import (
     Factor,
     Vec,
@@ -111,6 +112,16 @@ class Routed(Factor):
             torch.cat(places),
             num_experts=self.num_experts,
             num_units=len(units),
+        )
+
+    def grouped(self, packing: Packing) -> Routed:
+        units = packing.owners.to(self.places.device)[self.units]
+        return Routed(
+            self.left,
+            self.right,
+            self.places // self.num_units * packing.num_units + units,
+            num_experts=self.num_experts,
+            num_units=packing.num_units,
         )
 
     def dense(self) -> Vec:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hf_dp.layers.gram import same_numbers
 from hf_dp.layers.per_unit import wide
+from hf_dp.layers.views import same_numbers
 
 
 class ScaledProducts:
