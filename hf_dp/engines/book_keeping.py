@@ -34,6 +34,7 @@ from hf_dp.engines.sharded import refuse_sharded
 from hf_dp.engines.shares import Shares, cancelling
 from hf_dp.layers.base import LayerRules
 from hf_dp.layers.recognise import DEFAULT_LAYER_RULES
+from hf_dp.layers.repeats import UnrepeatedError
 from hf_dp.sums import ClippedSum
 
 
@@ -64,7 +65,7 @@ class BookKeepingEngine(GradientEngine):
             return empty_sum(model, loss_release)
         why = "It answers for layers whose parameters have gone back into shards."
         refuse_sharded(model, self.name, why)
-        with contextlib.suppress(UnprovedError):
+        with contextlib.suppress(UnprovedError, UnrepeatedError):
             return self._clipped_sum(model, inputs, example_loss, clipping, loss_release, owners)
         return SequentialEngine().clipped_sum(
             model,

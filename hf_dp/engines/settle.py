@@ -21,6 +21,7 @@ from hf_dp.engines.tap import Call, UsedOutsideError
 from hf_dp.engines.whole_tap import NoOutputAxisError, whole_call
 from hf_dp.errors import HfDpError
 from hf_dp.layers.randomness import kept_randomness
+from hf_dp.layers.repeats import UnrepeatedError
 
 _TWIN = 3  # examples; few batches have as many
 _UNCHANGED = 2e-2  # losses with and without taps: rounding in any dtype
@@ -126,8 +127,13 @@ def _trial(
 
     def try_out(call: Call) -> None:
         if call.point.generic is not None:
-            with full_precision(call.inputs[0].device if call.inputs else anchor.device):
-                call.point.generic.try_out(whole_call(call, units))
+            try:
+                with full_precision(call.inputs[0].device if call.inputs else anchor.device):
+                    call.point.generic.try_out(whole_call(call, units))
+            except UnrepeatedError as error:
+                if not call.point.name:
+                    raise  # nothing above it has put these examples in that order
+                raise NotTappableError(call.point, str(error)) from None
 
     device = next(iter(coverage.parameters.values())).device
     with torch.no_grad(), kept_randomness(device):

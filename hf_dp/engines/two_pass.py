@@ -36,6 +36,7 @@ from hf_dp.engines.shares import Shares, cancelling, checked_shape
 from hf_dp.layers.base import LayerRules
 from hf_dp.layers.factors import Factor, Mat, wide
 from hf_dp.layers.recognise import DEFAULT_LAYER_RULES
+from hf_dp.layers.repeats import UnrepeatedError
 from hf_dp.sums import ClippedSum
 
 
@@ -70,7 +71,7 @@ class TwoPassEngine(GradientEngine):
         ranks.check_equal(batch_size(inputs))
         if batch_size(inputs) == 0:
             return empty_sum(model, loss_release)
-        with contextlib.suppress(UnprovedError):
+        with contextlib.suppress(UnprovedError, UnrepeatedError):
             return self._clipped_sum(
                 model, inputs, example_loss, clipping, loss_release, owners, ranks
             )

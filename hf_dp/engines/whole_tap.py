@@ -16,6 +16,7 @@ from hf_dp.engines.coverage import Layout, NotTappableError, TapPoint
 from hf_dp.engines.tap import Call, PointTap, Recording
 from hf_dp.layers.base import FIRST, SHARED, UnitAxis, repeated
 from hf_dp.layers.randomness import Randomness
+from hf_dp.layers.repeats import Marks
 from hf_dp.layers.whole import WholeCall
 
 # What a module may be given beside tensors, because it cannot hold a gradient or change on the way.
@@ -93,6 +94,7 @@ class _Noted:
     tapped: list[int]
     drawn: tuple[Randomness, Randomness] | None
     autocast: tuple[bool, torch.dtype]
+    marks: Marks | None
 
 
 class WholeTap(PointTap):
@@ -136,12 +138,17 @@ class WholeTap(PointTap):
             tapped,
             None if now.same(drew) else (drew, now),
             (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)),
+            self._marks(outputs, axes),
         )
         inputs = [given.values[index] for index in given.tensors]
         seen = self.record.through(self.point, (noted, self.record), outputs, inputs)
         for index, leaf in zip(tapped, seen, strict=True):
             returned.values[index] = leaf
         return tree_unflatten(returned.values, returned.spec)
+
+    def _marks(self, outputs: Sequence[Tensor], axes: Sequence[UnitAxis]) -> Marks | None:
+        units = self.record.num_units  # one alone has no others
+        return Marks(outputs, axes, units) if units > 1 else None
 
     def set_requires_grad(self, value: bool) -> None:
         recomputing = self.record.on_call is not None
@@ -233,4 +240,5 @@ def whole_call(call: Call, num_units: int) -> WholeCall:
         drawn=noted.drawn,
         quiet=record.quiet,
         autocast=noted.autocast,
+        marks=noted.marks,
     )

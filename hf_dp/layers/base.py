@@ -50,6 +50,18 @@ class UnitAxis:
         first = self.units_first(tensor, num_units)
         return first if self.folded or self.added else first.unsqueeze(self.dim + 1)
 
+    def scaled(self, tensor: Tensor, weights: Tensor) -> Tensor:
+        """Each unit's numbers times its weight, ``(B,)``."""
+        if self.dim is None:
+            return tensor
+        first = self.units_first(tensor, len(weights))
+        scale = weights.view(-1, *[1] * (first.dim() - 1)).to(first)
+        return (
+            (first * scale).reshape(tensor.shape)
+            if self.folded
+            else ((first * scale).movedim(0, self.dim))
+        )
+
 
 FIRST = UnitAxis(0)
 FOLDED = UnitAxis(0, folded=True)

@@ -147,7 +147,12 @@ class Experts:
             return None
         enabled, dtype = call.autocast
         autocast = torch.autocast(call.device.type, dtype=dtype, enabled=enabled)
-        answers = self.answers(call.module, hidden, index, weights, grads, autocast)
+        marks = call.marks
+        answers = self.answers(
+            call.module,
+            *(hidden, index, weights, grads, autocast),
+            then=None if marks is None else lambda outputs: call.check(marks.of_all([outputs])),
+        )
         return None if None in names else [answers[name] for name in names if name is not None]
 
     def answers(
@@ -158,10 +163,12 @@ class Experts:
         weights: Tensor,
         grads: Tensor,
         autocast: torch.autocast,
+        then: Callable[[Tensor], None] | None = None,
     ) -> dict[str, Factor]:
         """Name -> factor, from ``(B, T, d)``, ``(B, T, k)`` twice, and ``(B, T, d)``.
 
-        The experts' first layer and the gate are run again, for all units at once.
+        The experts are run again, for all units at once: the first layer and the gate, and the second
+        layer if `then` wants to see the outputs, ``(B, T, d)``.
         """
         slots = index.shape[2]
         routing = _Routing.of(index, len(self.up.matrices(module)))
@@ -175,6 +182,12 @@ class Experts:
             before.requires_grad_()
             inner = self.gate(module, before)
         [below] = torch.autograd.grad(inner, [before], above.to(inner.dtype))
+        if then is not None:
+            with torch.no_grad(), autocast:
+                made = self.down.forward(module, inner.detach(), routing.counts)
+            scale = weights.reshape(-1)[routing.order][:, None]
+            outputs = grads.new_zeros(grads.flatten(0, 1).shape, dtype=wide(made).dtype)
+            then(outputs.index_add_(0, tokens, wide(made) * scale.to(outputs)).view(grads.shape))
         found: dict[str, Factor] = {}
         for stack, into, back in ((self.up, rows, below), (self.down, inner.detach(), scaled)):
             sides = (into, back) if stack.transposed else (back, into)

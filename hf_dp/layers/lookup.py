@@ -6,6 +6,7 @@ the lookup is differentiated by autograd, and the table's gradient stays one row
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,10 +17,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from hf_dp.errors import UncoveredParameterError
-from hf_dp.layers.factors import OneHot
+from hf_dp.layers.factors import OneHot, wide
 from hf_dp.layers.randomness import kept_randomness
+from hf_dp.layers.repeats import UnrepeatedError
 from hf_dp.layers.whole import WholeCall
 
+# Relative to a unit's largest number: rounding in float32, and below it.
+_CLOSE, _COARSE = 1e-5, 3e-2
+_PASSES = 2  # one misses a row of another unit as often as two weights are alike
 _ASKING = (Tensor.dim, Tensor.size, Tensor.is_floating_point)
 _ATTRIBUTES = (Tensor.dtype, Tensor.device, Tensor.shape)
 
@@ -81,13 +86,14 @@ def lookup(call: WholeCall) -> OneHot:
 
     Raises:
         UncoveredParameterError: The table is used otherwise, or the ids have no axis of units.
+        UnrepeatedError: A row's gradient depends on another unit's loss.
     """
     table = call.parameters[0].detach()
     lookups = _Lookups(table)
     ids: list[Tensor] = []
 
     def grads_of(outputs: list[Tensor]) -> list[Tensor]:
-        grads = call.grads_of(outputs, [rows for _, rows, _ in lookups.found])
+        grads = _own_grads(call, outputs, [rows for _, rows, _ in lookups.found])
         kept = []
         for (looked_up, _, padding), grad in zip(lookups.found, grads, strict=True):
             if grad is None:
@@ -116,3 +122,30 @@ def lookup(call: WholeCall) -> OneHot:
             "Otherwise there is no lookup to differentiate. Use engine='sequential'."
         )
     return OneHot(torch.cat(ids, 1), torch.cat(grads, 1), table.shape[0])
+
+
+def _own_grads(
+    call: WholeCall, outputs: list[Tensor], rows: Sequence[Tensor]
+) -> Sequence[Tensor | None]:
+    """The gradients of looked-up rows, if the units' secret weights show that each is its unit's own.
+
+    A gradient is linear in the weights of the units' losses: with others, a unit's rows must come out
+    as they were, times its own.
+    """
+    if call.num_units == 1:
+        return call.grads_of(outputs, rows)
+    generator = torch.Generator().manual_seed(secrets.randbits(63))
+    tolerance = _COARSE if call.rounds else _CLOSE
+    drawn = torch.rand(_PASSES, call.num_units, generator=generator)
+    passes = [weights.to(call.device) for weights in torch.exp2(12 * drawn - 6)]
+    scaled = [call.grads_of(outputs, rows, weights=weights) for weights in passes]
+    grads = call.grads_of(outputs, rows)
+    for weights, others in zip(passes, scaled, strict=True):
+        for grad, other in zip(grads, others, strict=True):
+            if grad is None or other is None or len(grad) != call.num_units:
+                continue
+            grad, other = wide(grad).flatten(1), wide(other).flatten(1)
+            gap = (other / weights[:, None].to(other) - grad).abs()
+            if bool((gap > tolerance * grad.abs().amax(1, keepdim=True)).any()):
+                raise UnrepeatedError(type(call.module).__qualname__)
+    return grads

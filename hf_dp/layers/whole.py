@@ -16,6 +16,7 @@ from hf_dp.errors import UncoveredParameterError
 from hf_dp.layers.base import SHARED, UnitAxis
 from hf_dp.layers.factors import wide
 from hf_dp.layers.randomness import Randomness, kept_randomness
+from hf_dp.layers.repeats import Marks
 
 
 class _Forward(nn.Module):
@@ -52,6 +53,7 @@ class WholeCall:
         drawn: The generators before and after the call, if it drew from them.
         quiet: Within this context no tap is active.
         autocast: Whether it was on, and its dtype.
+        marks: What it gave, as a rerun must show it; None where there is one unit.
     """
 
     module: nn.Module
@@ -66,6 +68,7 @@ class WholeCall:
     drawn: tuple[Randomness, Randomness] | None
     quiet: Callable[[], contextlib.AbstractContextManager[object]]
     autocast: tuple[bool, torch.dtype]
+    marks: Marks | None = None
 
     @property
     def device(self) -> torch.device:
@@ -76,6 +79,15 @@ class WholeCall:
     def numel(self) -> int:
         """How many numbers one unit's gradient has."""
         return sum(parameter.numel() for parameter in self.parameters)
+
+    @property
+    def rounds(self) -> bool:
+        """Whether numbers may be rounded to fewer digits than float32 has."""
+        enabled, autocast = self.autocast
+        dtypes = [*[p.dtype for p in self.parameters], *[autocast] * enabled]
+        dtypes += [grad.dtype for grad in self.output_grads if grad is not None]
+        least = torch.finfo(torch.float32).eps
+        return self.device.type != "cpu" or any(torch.finfo(dtype).eps > least for dtype in dtypes)
 
     def run(
         self,
@@ -119,6 +131,8 @@ class WholeCall:
         values = [p.detach().requires_grad_() for p in self.parameters]
 
         def grads_of(outputs: list[Tensor]) -> list[Tensor]:
+            if self.marks is not None:
+                self.check(self.marks.of_unit(outputs), unit)
             grads = self.grads_of(outputs, values, unit)
             return [
                 torch.zeros_like(wide(value)) if grad is None else wide(grad)
@@ -129,6 +143,17 @@ class WholeCall:
             if self.drawn is None:
                 return self.run(values, self.unit_arguments(unit), grads_of)
             return self._with_the_same_draws(values, unit, grads_of)
+
+    def check(self, found: Sequence[Tensor], unit: int | None = None) -> None:
+        """Refuse outputs of a rerun, for one unit or for all, that are not what the call gave.
+
+        Raises:
+            UnrepeatedError: They are not.
+        """
+        if self.marks is None:
+            return
+        described = type(self.module).__qualname__
+        self.marks.check(found, unit, coarse=self.rounds, described=described)
 
     def misses(self) -> bool:
         """Whether the module also reaches a parameter by a way that replacing it by name leaves open.
@@ -145,11 +170,25 @@ class WholeCall:
             return bool(self.run(values, self.unit_arguments(0), reached))
 
     def grads_of(
-        self, outputs: Sequence[Tensor], values: Sequence[Tensor], unit: int | None = None
+        self,
+        outputs: Sequence[Tensor],
+        values: Sequence[Tensor],
+        unit: int | None = None,
+        *,
+        weights: Tensor | None = None,
     ) -> Sequence[Tensor | None]:
-        """Gradients of `values`, from outputs of one unit alone or of all; None where none flows."""
+        """Gradients of `values`, from outputs of one unit alone or of all; None where none flows.
+
+        With `weights`, ``(B,)``, from outputs of all, each unit's loss times its weight; the graph is kept.
+        """
+
+        def flowing(grad: Tensor, axis: UnitAxis) -> Tensor:
+            if weights is not None:
+                return axis.scaled(grad, weights)
+            return grad if unit is None else self._of_unit(grad, axis, unit)
+
         pairs = [
-            (output, grad if unit is None else self._of_unit(grad, axis, unit))
+            (output, flowing(grad, axis))
             for output, grad, axis in zip(outputs, self.output_grads, self.output_axes, strict=True)
             if grad is not None and output.requires_grad
         ]
@@ -160,6 +199,7 @@ class WholeCall:
             list(values),
             [grad for _, grad in pairs],
             allow_unused=True,
+            retain_graph=weights is not None,
         )
         return found
 
@@ -230,24 +270,27 @@ class WholeCall:
         kept = [i for i, grad in enumerate(self.output_grads) if grad is not None]
         grads = [self._stacked(self.output_grads[i], self.output_axes[i]) for i in kept]
 
-        def of_one(inputs: Sequence[Tensor], grads: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        def of_one(
+            inputs: Sequence[Tensor], grads: Sequence[Tensor]
+        ) -> tuple[tuple[Tensor, ...], list[Tensor]]:
             arguments = list(self.arguments)
             for place, leaf in zip(places, inputs, strict=True):
                 arguments[place] = leaf
 
-            def product(values: tuple[Tensor, ...]) -> Tensor:
+            def product(values: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor]]:
                 outputs = self.run(values, arguments)
                 total = wide(values[0]).sum() * 0
                 for index, grad in zip(kept, grads, strict=True):
                     total = total + (outputs[index] * grad).sum()
-                return total
+                return total, [] if self.marks is None else self.marks.of_unit(outputs)
 
-            found: tuple[Tensor, ...] = torch.func.grad(product)(
+            found: tuple[tuple[Tensor, ...], list[Tensor]] = torch.func.grad(product, has_aux=True)(
                 tuple(p.detach() for p in self.parameters)
             )
             return found
 
-        found = torch.func.vmap(of_one, randomness="error")(inputs, grads)
+        found, shown = torch.func.vmap(of_one, randomness="error")(inputs, grads)
+        self.check(shown)
         return [wide(grad) for grad in found]
 
     def _stacked(self, tensor: Tensor | None, axis: UnitAxis) -> Tensor:
