@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -12,15 +13,29 @@ from hf_dp.engines.coverage import Coverage
 from hf_dp.engines.formula_tap import FormulaTap
 from hf_dp.engines.tap import PointTap, Recording, set_requires_grad
 from hf_dp.engines.whole_tap import WholeTap
+from hf_dp.errors import ConfigurationError
+
+_TAPPED: WeakSet[nn.Module] = WeakSet()  # models whose forward pass is being recorded
 
 
 @contextlib.contextmanager
 def recording(coverage: Coverage, num_units: int) -> Iterator[Recording]:
-    """Tap every point of `coverage`; hooks and ``requires_grad`` are put back on the way out."""
+    """Tap every point of `coverage`; hooks and ``requires_grad`` are put back on the way out.
+
+    Raises:
+        ConfigurationError: The model is tapped already: this is a clipped sum within a clipped sum.
+    """
+    if coverage.model in _TAPPED:
+        raise ConfigurationError(
+            f"model={type(coverage.model).__name__}: expected no clipped sum of it within its own forward "
+            "pass or loss. Two would see each other's gradients. Compute one after the other."
+        )
     parameters = coverage.parameters
     anchor = torch.zeros((), device=next(iter(parameters.values())).device, requires_grad=True)
     record = Recording(parameters, anchor, num_units, counts=coverage.counts)
     with contextlib.ExitStack() as stack:
+        _TAPPED.add(coverage.model)
+        stack.callback(_TAPPED.discard, coverage.model)
         stack.callback(set_requires_grad, parameters.values(), True)
         for point in coverage.points:
             if point.rule is None and _is_checkpointed(point.module):

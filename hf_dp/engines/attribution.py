@@ -6,6 +6,13 @@ power of two for each example, all different and in secret order. Multiplying by
 in floating point, so the rows of an example must come out as those of the first pass times its power.
 A row of another example is off by a factor of two or more; one that mixes examples is off by at least
 half of what the others bring.
+
+What is smaller than rounding is not seen: what other examples' losses bring to a row passes below about
+4e-6 of the row's length in float32, and below 3 % of it in bfloat16 and float16. A model that mixes
+examples by less lets one example move each of its batch mates' rows by as little: next to its own share of
+at most C, each mate's clipped gradient by up to about 6 % of C, or more where that mate's rows cancel.
+Whole rows in the wrong place are off by all of their length and always seen. A preflight looks for mixing
+by another way, in the losses; one example at a time there is none in any dtype.
 """
 
 from __future__ import annotations

@@ -70,6 +70,7 @@ class AutomaticEngine(GradientEngine):
                 owners=owners,
             )
 
+        summed, refused = None, ""
         try:
             summed = summed_by(engine)
         except RuntimeError as reason:
@@ -79,9 +80,11 @@ class AutomaticEngine(GradientEngine):
                 self._proved or isinstance(reason, HfDpError) or is_out_of_memory(reason)
             ):
                 raise  # if foreign code failed for another reason, it will fail again
+            refused = _told(reason)
+        if summed is None:  # and the error is gone, whose traceback held the graph
             one_by_one = SequentialEngine()
             if not self._proved:
-                self._take(one_by_one, _told(reason))
+                self._take(one_by_one, refused)
             summed = summed_by(one_by_one)
         if not self._proved and _runs_the_model_again(engine, model):
             self._take(

@@ -66,7 +66,8 @@ class Graph:
             self.by_content = self.by_content or arranges(node, tensors)
             turn = turned(node, tensors)
             if turn is not None:
-                turns.append(turn)
+                turns.append(turn.order)
+                self.by_content = self.by_content or turn.ambiguous
         named = frozenset(kind for kind in seen if kind.__name__ not in _RESHAPING)
         self.kinds: Kinds = (named, tuple(turns))
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+from types import MethodType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_dp.engines.coverage import Coverage, Layout, NotTappableError, TapPoint, takes_folded
 from hf_dp.engines.tap import PointTap, Recording, note_sizes
@@ -37,23 +38,10 @@ class FormulaTap(PointTap):
 
     def _wrap_forward(self, stack: contextlib.ExitStack) -> None:
         """Tap the forward method itself: a fifth of what torch's hooks take, and as far inside."""
-        module, record, parameters = self.point.module, self.record, self.point.parameters
+        module = self.point.module
         own = vars(module)
         original, replaced = module.forward, own.get("forward")
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            if record.silent:
-                return original(*args, **kwargs)
-            for parameter in parameters:
-                parameter.requires_grad = False
-            try:
-                output = original(*args, **kwargs)
-            finally:
-                for parameter in parameters:
-                    parameter.requires_grad = True
-            return self.tapped(args, kwargs, output) if torch.is_grad_enabled() else output
-
-        own["forward"] = forward
+        own["forward"] = _Forward(self, original, replaced)
         stack.callback(_put_back, own, replaced)
 
     def tapped(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -112,6 +100,39 @@ class FormulaTap(PointTap):
 
         vars(module)[name] = wrapped
         stack.callback(vars(module).pop, name)
+
+
+class _Forward:
+    """A module's forward with the tap behind it; copies of the module, as pickles, get it without."""
+
+    def __init__(self, tap: FormulaTap, original: Any, replaced: Any) -> None:
+        self._tap, self._original, self._replaced = tap, original, replaced
+        self._record, self._parameters = tap.record, tap.point.parameters
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._record.silent:
+            return self._original(*args, **kwargs)
+        for parameter in self._parameters:
+            parameter.requires_grad = False
+        try:
+            output = self._original(*args, **kwargs)
+        finally:
+            for parameter in self._parameters:
+                parameter.requires_grad = True
+        return self._tap.tapped(args, kwargs, output) if torch.is_grad_enabled() else output
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self._replaced is not None:
+            return _itself, (self._replaced,)
+        return _own_forward, (self._tap.point.module,)
+
+
+def _own_forward(module: nn.Module) -> MethodType:
+    return MethodType(type(module).forward, module)
+
+
+def _itself(given: Any) -> Any:
+    return given
 
 
 def _put_back(own: dict[str, Any], replaced: Any) -> None:

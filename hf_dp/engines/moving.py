@@ -172,8 +172,22 @@ def arranges(node: Any, tensors: Sequence[Sized | None]) -> bool:
     return any(tensor is not None and tensor.has_units(axis) for tensor, axis in axes)
 
 
-def turned(node: Any, tensors: Sequence[Sized | None]) -> tuple[int, ...] | None:
-    """The axes in their new order, where one that may have the examples gets another place."""
+@dataclass(frozen=True)
+class Turn:
+    """Axes in another order, of which one may have the examples.
+
+    Attributes:
+        order: The axes in their new order.
+        ambiguous: Several of those that get another place may have them, so that what was turned fits
+            what was not: numbers of each may then be picked by content, as with ``where``.
+    """
+
+    order: tuple[int, ...]
+    ambiguous: bool
+
+
+def turned(node: Any, tensors: Sequence[Sized | None]) -> Turn | None:
+    """How the node turns its tensor, if an axis that may have the examples gets another place."""
     name = type(node).__name__
     if name not in _TURNING or not tensors or tensors[0] is None:
         return None
@@ -184,8 +198,9 @@ def turned(node: Any, tensors: Sequence[Sized | None]) -> tuple[int, ...] | None
         pair = (0, 1) if name == "TBackward0" else (node._saved_dim0, node._saved_dim1)
         one, two = (_axis(dim, len(dims)) for dim in pair)
         dims[one], dims[two] = dims[two], dims[one]
-    moved = (old for new, old in enumerate(dims) if new != old)
-    return tuple(dims) if any(tensors[0].has_units(axis) for axis in moved) else None
+    moved = [old for new, old in enumerate(dims) if new != old]
+    found = sum(tensors[0].has_units(axis) for axis in moved)
+    return Turn(tuple(dims), found > 1) if found else None
 
 
 def _axes(node: Any, tensors: Sequence[Sized | None]) -> Iterator[tuple[Sized | None, int]]:

@@ -180,6 +180,10 @@ class PointTap(ABC):
         self.layouts: Mapping[Hashable, Layout] = coverage.layouts(point)
         self.counts = record.counts
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies of a tapped module have taps that do nothing."""
+        return _silent, (type(self),)
+
     def attach(self, stack: contextlib.ExitStack) -> None:
         """Register the hooks for as long as `stack` lives."""
         module = self.point.module
@@ -236,6 +240,12 @@ class PointTap(ABC):
             "module with trainable parameters to run alike for the first examples too, which shows "
             "where it has the examples. Use engine='sequential', or freeze it.",
         )
+
+
+def _silent(kind: type[PointTap]) -> PointTap:
+    tap = object.__new__(kind)
+    tap.record = Recording({}, torch.empty(0), 0, silent=1)
+    return tap
 
 
 def set_requires_grad(parameters: Iterable[nn.Parameter], value: bool) -> None:

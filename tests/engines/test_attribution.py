@@ -11,7 +11,14 @@ from influence import ROUNDING, clipped, joined, without
 from torch import Tensor, nn
 
 from hf_dp.clipping import FlatClipping
-from hf_dp.engines import BookKeepingEngine, GradientEngine, TwoPassEngine, engine_named
+from hf_dp.engines import (
+    BookKeepingEngine,
+    GradientEngine,
+    TwoPassEngine,
+    attribution,
+    engine_named,
+    recorder,
+)
 from hf_dp.engines.by_content import Graph
 
 MARKER, C = 7, 0.1
@@ -200,6 +207,31 @@ def test_gradients_that_are_not_finite_do_not_hide_whose_they_are(engine: Any) -
 
     whole, alone = summed(inputs), naive(model, without(inputs, 0), C, rooted)
     assert length({k: whole[k] - alone.grads[k] for k in whole}) <= 1e-10
+
+
+def test_a_graph_that_showed_nothing_is_proved_at_the_next_micro_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Only gradients that are finite for all show whose they are."""
+    proofs: list[bool] = []
+
+    def noted(*args: Any, **kwargs: Any) -> bool:
+        proofs.append(attribution.prove(*args, **kwargs))
+        return proofs[-1]
+
+    def rooted(model: nn.Module, inputs: Batch) -> Tensor:
+        return (
+            model(inputs["x"]).square().sum(1)
+            + (model(inputs["x"])[:, 0] * 0 + inputs["x"][:, 0]).sqrt()
+        )
+
+    monkeypatch.setattr(recorder, "prove", noted)
+    model, engine = nn.Linear(3, 3).double(), BookKeepingEngine()
+    good = {"x": torch.rand(4, 3).double() + 1}
+    bad = {"x": good["x"] * torch.tensor([[0.0, 1, 1], [1, 1, 1], [1, 1, 1], [1, 1, 1]])}
+    for inputs in (bad, bad, good, bad, good):
+        engine.clipped_sum(model, inputs, example_loss=rooted, clipping=FlatClipping(C))
+    assert proofs == [False, False, True]
 
 
 def test_each_example_s_own_row_by_index_is_no_arrangement() -> None:

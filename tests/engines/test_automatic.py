@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from typing import Any
 
 import pytest
@@ -208,3 +209,32 @@ def test_foreign_code_that_fails_under_taps_is_taken_one_by_one(
     reason = "not enough memory"
     with pytest.raises(RuntimeError, match=reason):
         chosen_sum(AutomaticEngine(), model, data())
+
+
+class _Marker:
+    """Something in a frame of the failed pass."""
+
+
+def test_the_failed_pass_is_gone_before_examples_are_taken_one_by_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[weakref.ref[_Marker]] = []
+
+    def fails(*_: Any, **__: Any) -> ClippedSum:
+        held = _Marker()
+        seen.append(weakref.ref(held))
+        raise UncoveredParameterError("expected something else")
+
+    sequential = SequentialEngine.clipped_sum
+
+    def checked(*args: Any, **kwargs: Any) -> ClippedSum:
+        assert seen.pop()() is None
+        return sequential(*args, **kwargs)
+
+    monkeypatch.setattr(BookKeepingEngine, "clipped_sum", fails)
+    monkeypatch.setattr(SequentialEngine, "clipped_sum", checked)
+    model = Net()
+    found = engine_named("auto").clipped_sum(
+        model, data(), example_loss=squares, clipping=FlatClipping(C)
+    )
+    assert_same_sum(found, naive(model, data(), C, squares), 1e-12)

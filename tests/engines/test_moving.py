@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from family_zoo import batch, build
 from torch import Tensor, nn
 
 from hf_dp.clipping import FlatClipping
-from hf_dp.engines import BookKeepingEngine
+from hf_dp.engines import BookKeepingEngine, by_content, moving
 from hf_dp.engines.by_content import Graph
 from hf_dp.engines.moving import is_moving
 from hf_dp.errors import UncoveredParameterError
@@ -176,6 +177,46 @@ def test_axes_turned_by_content_are_proved_anew() -> None:
             model, inputs, example_loss=turned_losses, clipping=FlatClipping(0.1)
         )
         assert_same_sum(found, naive(model, inputs, 0.1, turned_losses), 1e-10)
+
+
+class PicksOfTurned(nn.Module):
+    """Takes masked numbers from the place that turning examples and positions round gives them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        hidden = self.layer(x)
+        if hidden.shape[0] == hidden.shape[1]:
+            hidden = torch.where(mask[:, :, None], hidden, hidden.transpose(0, 1))
+        losses: Tensor = self.head(hidden).square().flatten(1).sum(1)
+        return losses
+
+
+def picked_of_turned(engine: BookKeepingEngine) -> None:
+    """The same graph twice, which only in the second batch lets examples meet."""
+    torch.manual_seed(1)
+    model, x = PicksOfTurned().double(), torch.randn(4, 4, 3).double()
+    own = torch.ones(4, 4, dtype=torch.bool)
+    losses = {"example_loss": lambda m, b: m(**b), "clipping": FlatClipping(0.1)}
+    engine.clipped_sum(model, {"x": x, "mask": own}, **losses)
+    engine.clipped_sum(model, {"x": x, "mask": own.triu()}, **losses)
+
+
+def test_what_a_mask_picks_of_turned_axes_is_proved_every_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises(UncoveredParameterError):
+        picked_of_turned(BookKeepingEngine())
+    turned = moving.turned
+
+    def certain(node: Any, tensors: Any) -> Any:
+        turn = turned(node, tensors)
+        return None if turn is None else replace(turn, ambiguous=False)
+
+    monkeypatch.setattr(by_content, "turned", certain)  # planted
+    picked_of_turned(BookKeepingEngine())
 
 
 class Reshaped(nn.Module):
