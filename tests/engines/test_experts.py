@@ -149,7 +149,7 @@ def test_tokens_that_cancel_at_an_expert_are_bounded(engine: str) -> None:
 @pytest.mark.parametrize("huge", [1e15, 1e19, 1e25])
 @pytest.mark.parametrize("engine", ["book_keeping", "two_pass", "sequential"])
 def test_an_example_with_a_huge_token_is_left_out_at_most(engine: str, huge: float) -> None:
-    """The rule runs experts on it in float32: it may overflow where autograd found a zero; a mate's does not."""
+    """The rule may overflow where autograd finds a zero, in this example alone."""
 
     class Saturates(Layers):
         def forward(self, x: Tensor) -> Tensor:
