@@ -71,6 +71,35 @@ class PoissonSampled(PrivacyEvent):
 
 
 @dataclass(frozen=True)
+class PoissonSampledContributions(PrivacyEvent):
+    """`event` applied to a Poisson sample of examples, of which one unit owns `max_contributions`.
+
+    Each EXAMPLE is in the batch independently with `sampling_probability`, and is clipped for itself. A
+    unit that owns at most `max_contributions` examples, k of them in the batch, moves the sum by at most
+    k times its sensitivity.
+    """
+
+    sampling_probability: float
+    max_contributions: int
+    event: PrivacyEvent
+
+    def __post_init__(self) -> None:
+        owner = type(self).__name__
+        probability(
+            f"{owner}.sampling_probability",
+            self.sampling_probability,
+            "It is the chance that an example is in the batch.",
+            "Use expected_batch_size / number of examples.",
+        )
+        positive_integer(
+            f"{owner}.max_contributions",
+            self.max_contributions,
+            "A unit is protected with all examples that it may own.",
+            "Use the largest number of examples that are kept of one user.",
+        )
+
+
+@dataclass(frozen=True)
 class TruncatedPoissonSampled(PrivacyEvent):
     """`event` applied to a Poisson sample of `num_units` units, of which at most so many are kept.
 
@@ -220,6 +249,7 @@ EVENT_TYPES: Mapping[str, type[PrivacyEvent]] = {
     for cls in (
         Gaussian,
         PoissonSampled,
+        PoissonSampledContributions,
         TruncatedPoissonSampled,
         SampledWithoutReplacement,
         Shuffled,

@@ -20,6 +20,7 @@ from hf_dp.events import (
     NeighboringRelation,
     NonPrivate,
     PoissonSampled,
+    PoissonSampledContributions,
     PrivacyEvent,
     SampledWithoutReplacement,
     SelfComposed,
@@ -39,6 +40,7 @@ NESTED = Composed(
 ALL = [
     Gaussian(0.5),
     PoissonSampled(1.0, Gaussian(1)),
+    PoissonSampledContributions(0.1, 3, Gaussian(1)),
     TruncatedPoissonSampled(100, 0.1, 20, Gaussian(1)),
     SampledWithoutReplacement(100, 10, Gaussian(1)),
     Shuffled(10, Gaussian(1)),
@@ -93,6 +95,20 @@ def test_a_sampling_probability_is_a_probability(value: Any) -> None:
         ConfigurationError, match=r"PoissonSampled\.sampling_probability=.*\(0, 1\]"
     ):
         PoissonSampled(value, Gaussian(1))
+
+
+@pytest.mark.parametrize("value", [0, 1.5, math.nan])
+def test_an_examples_sampling_probability_is_a_probability(value: Any) -> None:
+    with pytest.raises(
+        ConfigurationError, match=r"Contributions\.sampling_probability=.*example is"
+    ):
+        PoissonSampledContributions(value, 3, Gaussian(1))
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, True, None])
+def test_contributions_are_counted_in_whole_numbers(value: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"max_contributions=.*whole number > 0"):
+        PoissonSampledContributions(0.1, value, Gaussian(1))
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, True])

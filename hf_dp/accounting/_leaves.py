@@ -13,6 +13,7 @@ from hf_dp.events import (
     NeighboringRelation,
     NonPrivate,
     PoissonSampled,
+    PoissonSampledContributions,
     PrivacyEvent,
     SampledWithoutReplacement,
     SelfComposed,
@@ -48,8 +49,9 @@ def flatten(event: PrivacyEvent | Iterable[PrivacyEvent]) -> dict[PrivacyEvent, 
 
     The only place where counts are multiplied, so that no accountant can forget one. A Poisson
     sample with probability 1 is the whole dataset, so it counts as the event inside, as does a pass
-    whose balls all fall in one bin. Batches that continue a pass add nothing, as long as there is
-    room for them in the passes that were begun.
+    whose balls all fall in one bin; where a unit owns several examples, all of them are there, and it
+    moves the sum by as many clipping norms. Batches that continue a pass add nothing, as long as there
+    is room for them in the passes that were begun.
 
     Args:
         event: One event, or several that were made one after another.
@@ -63,6 +65,7 @@ def flatten(event: PrivacyEvent | Iterable[PrivacyEvent]) -> dict[PrivacyEvent, 
     todo = [(item, 1) for item in ((event,) if isinstance(event, PrivacyEvent) else event)]
     while todo:
         item, count = todo.pop()
+        item = _in_simpler_words(item)
         if type(item) is SelfComposed:
             todo.append((item.event, count * item.count))
         elif type(item) is Composed:
@@ -78,6 +81,17 @@ def flatten(event: PrivacyEvent | Iterable[PrivacyEvent]) -> dict[PrivacyEvent, 
         passes = counts.get(begun, 0)
         counts[begun] = max(passes, -(-(passes + further) // begun.num_batches))
     return counts
+
+
+def _in_simpler_words(item: PrivacyEvent) -> PrivacyEvent:
+    """The same release without contributions, where one example or all of a unit's are certain."""
+    match item:
+        case PoissonSampledContributions(probability, 1, inner):
+            return PoissonSampled(probability, inner)
+        case PoissonSampledContributions(1, most, Gaussian(noise)):
+            return Gaussian(noise / most)
+        case _:
+            return item
 
 
 def _holds_everybody(item: PrivacyEvent) -> TypeGuard[PoissonSampled | BallsInBins]:

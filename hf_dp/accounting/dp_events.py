@@ -11,6 +11,7 @@ from hf_dp.events import (
     Gaussian,
     NonPrivate,
     PoissonSampled,
+    PoissonSampledContributions,
     PrivacyEvent,
     SampledWithoutReplacement,
     Shuffled,
@@ -51,6 +52,8 @@ def _leaf(leaf: PrivacyEvent) -> DpEvent:
             return dp_accounting.GaussianDpEvent(noise)
         case PoissonSampled(probability, inner):
             return dp_accounting.PoissonSampledDpEvent(probability, _leaf(inner))
+        case PoissonSampledContributions(probability, most, Gaussian(noise)):
+            return _mixture(probability, most, noise)
         case TruncatedPoissonSampled(num_units, probability, max_batch_size, Gaussian(noise)):
             return dp_accounting.TruncatedSubsampledGaussianDpEvent(
                 num_units, probability, max_batch_size, noise
@@ -71,3 +74,16 @@ def _leaf(leaf: PrivacyEvent) -> DpEvent:
                     "Use an accountant of hf_dp.",
                 )
             )
+
+
+def _mixture(probability: float, most: int, noise: float) -> DpEvent:
+    """How many of a unit's `most` examples are in the batch, and so how far it moves the sum."""
+    from dp_accounting import dp_event
+    from scipy.stats import binom
+
+    contributions = range(most + 1)
+    chances = binom.pmf(contributions, most, probability)
+    kept = [(k, chance) for k, chance in zip(contributions, chances, strict=True) if chance > 0]
+    return dp_event.MixtureOfGaussiansDpEvent(
+        noise, [float(k) for k, _ in kept], [float(chance) for _, chance in kept]
+    )

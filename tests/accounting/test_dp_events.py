@@ -5,6 +5,7 @@ from __future__ import annotations
 import dp_accounting
 import pytest
 from dp_accounting import NeighboringRelation as Theirs
+from dp_accounting import dp_event
 from dp_accounting.pld import PLDAccountant as TheirPLD
 from dp_accounting.rdp import RdpAccountant as TheirRDP
 
@@ -19,6 +20,7 @@ from hf_dp.events import (
     NeighboringRelation,
     NonPrivate,
     PoissonSampled,
+    PoissonSampledContributions,
     PrivacyEvent,
     SampledWithoutReplacement,
     SelfComposed,
@@ -55,6 +57,24 @@ def test_without_replacement_the_noise_is_relative_to_twice_the_norm() -> None:
         event, delta=1e-6, relation=NeighboringRelation.REPLACE_ONE
     )
     assert 15.48 < ours.epsilon < theirs.get_epsilon(1e-6)
+
+
+def test_contributions_are_a_mixture_of_gaussians_there() -> None:
+    event = PoissonSampledContributions(0.25, 2, Gaussian(3.0))
+    mixture = dp_event.MixtureOfGaussiansDpEvent(3.0, [0.0, 1.0, 2.0], [0.5625, 0.375, 0.0625])
+    (part,) = as_dp_event(event).events
+    assert part.count == 1
+    assert part.event.standard_deviation == mixture.standard_deviation
+    assert list(part.event.sensitivities) == mixture.sensitivities
+    assert part.event.sampling_probs == pytest.approx(mixture.sampling_probs, rel=1e-12)
+
+
+def test_chances_that_underflow_are_left_out_there() -> None:
+    (part,) = as_dp_event(PoissonSampledContributions(1e-8, 100, Gaussian(3.0))).events
+    chances = part.event.sampling_probs
+    assert 2 < len(chances) == len(part.event.sensitivities) < 100
+    assert min(chances) > 0
+    assert sum(chances) == pytest.approx(1, abs=1e-12)
 
 
 def test_what_is_not_private_is_not_private_there_either() -> None:

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from hf_dp.accounting import accountant_named, flatten
+from hf_dp.accounting import (
+    ACCOUNTANTS,
+    ESTIMATORS,
+    accountant_named,
+    accountant_or_estimator_named,
+    flatten,
+)
 from hf_dp.errors import UnsupportedEventError
 from hf_dp.events import (
     BallsInBins,
@@ -13,6 +19,7 @@ from hf_dp.events import (
     Gaussian,
     NeighboringRelation,
     PoissonSampled,
+    PoissonSampledContributions,
     PrivacyEvent,
     SampledWithoutReplacement,
     SelfComposed,
@@ -52,6 +59,39 @@ def test_further_batches_of_another_pass_find_no_room() -> None:
 
 def test_one_bin_is_the_whole_data() -> None:
     assert flatten(SelfComposed(BallsInBins(1, Gaussian(2.0)), 3)) == {Gaussian(2.0): 3}
+
+
+def test_one_example_of_each_unit_is_a_poisson_sample() -> None:
+    single = PoissonSampledContributions(0.1, 1, Gaussian(2.0))
+    assert flatten([single, PoissonSampled(0.1, Gaussian(2.0))]) == {
+        PoissonSampled(0.1, Gaussian(2.0)): 2
+    }
+    assert flatten(PoissonSampledContributions(1.0, 1, Gaussian(2.0))) == {Gaussian(2.0): 1}
+
+
+@pytest.mark.parametrize("always", [1, 1.0])
+def test_examples_that_are_always_drawn_move_the_sum_together(always: float) -> None:
+    event = SelfComposed(PoissonSampledContributions(always, 4, Gaussian(2.0)), 3)
+    assert flatten(event) == {Gaussian(0.5): 3}
+
+
+def test_contributions_to_anything_but_a_gaussian_stay_as_they_are_and_are_refused() -> None:
+    for inner in (PASS, SelfComposed(Gaussian(2.0), 2), PoissonSampled(0.1, Gaussian(2.0))):
+        for probability in (0.1, 1.0):
+            odd = PoissonSampledContributions(probability, 4, inner)
+            assert flatten(odd) == {odd: 1}
+            with pytest.raises(UnsupportedEventError, match=r"event=PoissonSampledContrib"):
+                accountant_named("pld").guarantee(odd, delta=1e-5)
+
+
+@pytest.mark.parametrize("accountant", [*ACCOUNTANTS, *ESTIMATORS])
+def test_no_accountant_takes_a_sample_of_contributions_inside_another_sampler(
+    accountant: str,
+) -> None:
+    inner = PoissonSampledContributions(0.1, 4, Gaussian(2.0))
+    for outer in (PoissonSampled(0.5, inner), Shuffled(2, inner), BallsInBins(2, inner)):
+        found = accountant_or_estimator_named(accountant)
+        assert not found.can_cost(outer, NeighboringRelation.REPLACE_SPECIAL)
 
 
 ONLY: list[tuple[PrivacyEvent, set[NeighboringRelation]]] = [
