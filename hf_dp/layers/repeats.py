@@ -84,9 +84,10 @@ class Marks:
     """What a module gave each unit among others, as far as a rerun must show it.
 
     Guarantees:
-        * Outputs that differ from those noted by more than rounding are found out, whatever other
-          units hold, but for a chance of one in a million, in bfloat16 of one in ten thousand.
-        * What has no influence on a unit's outputs yet, say behind a gate that is zero, is not seen.
+        * A unit whose output differs from that noted by as much as its own length is found out, whatever
+          other units hold, but for a chance below one in a million, or one in a thousand if `coarse`.
+        * A difference below 0.1 % of that length passes as rounding, or below 5 % if `coarse`; so does
+          what has no influence on the outputs yet, say behind a gate that is zero.
     """
 
     def __init__(self, outputs: Sequence[Tensor], axes: Sequence[UnitAxis], num_units: int) -> None:
