@@ -9,8 +9,9 @@ values bring about; the engines refuse or bound that whenever it comes up.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from hf_dp.clipping.base import ClippingPolicy
 from hf_dp.clipping.loss import LossRelease
 from hf_dp.engines.base import ExampleLoss, GradientEngine, is_out_of_memory
 from hf_dp.engines.coupling import check_coupling
+from hf_dp.engines.owners import Owners
 from hf_dp.engines.rows import batch_size, select_rows
 from hf_dp.engines.sequential import SequentialEngine
 from hf_dp.engines.undisturbed import draws, evaluation_flags, undisturbed
@@ -30,6 +32,7 @@ TOLERANCE = 1e-4
 """Relative, for float32; half precision needs about 5e-2."""
 
 Batch = Mapping[str, Any]
+Piece = tuple[Batch, Owners | None]
 
 
 def preflight(
@@ -43,12 +46,13 @@ def preflight(
     loss_release: LossRelease | None = None,
     tolerance: float = TOLERANCE,
     width: int = 0,
+    owners: Owners | None = None,
 ) -> None:
     """Check engine, loss and clipping on a few public examples; a few steps' time.
 
     Checked are: every trainable parameter is covered; no example's loss or gradient depends on batch
-    mates or padding; the engine agrees with the sequential one; removing any one example moves the
-    clipped sum by at most the sensitivity.
+    mates or padding; the engine agrees with the sequential one; removing any one example, or any one
+    of their `owners`, moves the clipped sum by at most the sensitivity.
 
     Args:
         model: As it will be trained; afterwards it is as it was, generators and buffers included.
@@ -61,6 +65,8 @@ def preflight(
         tolerance: Relative.
         width: How many examples training takes together; what counts them may do so only when they
             are as many.
+        owners: Which of the examples, in the order of `together`, have one owner: engine and influence
+            are then checked user by user, on `together`. None if each is clipped by itself.
 
     Raises:
         ConfigurationError: Examples influence one another.
@@ -75,10 +81,13 @@ def preflight(
             check_coupling(model, together, alone, example_loss=example_loss, tolerance=tolerance)
             if width > batch_size(together):
                 _check_width(model, together, alone, example_loss, tolerance, width)
-        trial = _Trial(model, example_loss, clipping, loss_release).at_the_typical_norm(alone)
-        batches = list(alone) if together is None else [together]
-        _check_agreement(trial, engine, batches, alone, tolerance)
-        _check_influence(trial, engine, batches, tolerance)
+        expected: list[Piece] = [(one, None) for one in alone]
+        pieces = expected if together is None else [(together, owners)]
+        if together is not None and owners is not None:
+            expected = pieces
+        trial = _Trial(model, example_loss, clipping, loss_release).at_the_typical_norm(expected)
+        _check_agreement(trial, engine, pieces, expected, tolerance)
+        _check_influence(trial, engine, pieces, tolerance)
 
 
 def _check_width(
@@ -119,9 +128,9 @@ class _Trial:
         self.clipping = clipping
         self.loss_release = loss_release
 
-    def at_the_typical_norm(self, alone: Sequence[Batch]) -> _Trial:
-        """The same with a sensitivity that clips some examples and leaves others as they are."""
-        norms = self.summed(SequentialEngine(), alone).norms
+    def at_the_typical_norm(self, pieces: Sequence[Piece]) -> _Trial:
+        """The same with a sensitivity that clips some units and leaves others as they are."""
+        norms = self.summed(SequentialEngine(), pieces).norms
         norms = norms[torch.isfinite(norms) & (norms > 0)]
         if norms.numel() == 0:
             return self
@@ -129,15 +138,16 @@ class _Trial:
         clipping = self.clipping.scaled(factor)
         return _Trial(self.model, self.example_loss, clipping, self.loss_release)
 
-    def summed(self, engine: GradientEngine, batches: Sequence[Batch]) -> ClippedSum:
+    def summed(self, engine: GradientEngine, pieces: Sequence[Piece]) -> ClippedSum:
         total: ClippedSum | None = None
-        for batch in batches:
+        for batch, owners in pieces:
             part = engine.clipped_sum(
                 self.model,
                 batch,
                 example_loss=self.example_loss,
                 clipping=self.clipping,
                 loss_release=self.loss_release,
+                owners=owners,
             )
             total = part if total is None else total + part
         assert total is not None
@@ -147,12 +157,12 @@ class _Trial:
 def _check_agreement(
     trial: _Trial,
     engine: GradientEngine,
-    batches: Sequence[Batch],
-    alone: Sequence[Batch],
+    pieces: Sequence[Piece],
+    alone: Sequence[Piece],
     tolerance: float,
 ) -> None:
     """The engine's norms and sums against ordinary autograd on one example after the other."""
-    found, expected = trial.summed(engine, batches), trial.summed(SequentialEngine(), alone)
+    found, expected = trial.summed(engine, pieces), trial.summed(SequentialEngine(), alone)
     gaps = _gaps(found.grads, expected.grads)
     norms = torch.allclose(found.norms, expected.norms, rtol=tolerance, equal_nan=True)
     size = _length(expected.grads)
@@ -171,19 +181,21 @@ def _check_agreement(
 
 
 def _check_influence(
-    trial: _Trial, engine: GradientEngine, batches: Sequence[Batch], tolerance: float
+    trial: _Trial, engine: GradientEngine, pieces: Sequence[Piece], tolerance: float
 ) -> None:
-    """Take each example out in turn."""
-    whole = _released(trial.summed(engine, batches))
-    bound = trial.clipping.sensitivity * (1 + tolerance * sum(map(batch_size, batches)))
-    for rest in _one_taken_out(batches):
+    """Take each unit out in turn."""
+    whole = _released(trial.summed(engine, pieces))
+    num_rows = sum(batch_size(batch) for batch, _ in pieces)
+    bound = trial.clipping.sensitivity * (1 + tolerance * num_rows)
+    unit = "example" if pieces[0][1] is None else "user"
+    for rest in _one_taken_out(pieces):
         moved = _total(_gaps(whole, _released(trial.summed(engine, rest))))
         if not moved <= bound:
             raise PrivacyError(
                 explain(
                     "clipping",
                     type(trial.clipping).__qualname__,
-                    "the sum to move by at most the sensitivity when an example is removed",
+                    f"the sum to move by at most the sensitivity when a single {unit} is removed",
                     f"It moved by {moved / trial.clipping.sensitivity:.3g} times as much, so the noise "
                     "is too small for what is claimed.",
                     "Use FlatClipping, or mend the policy's weights.",
@@ -191,12 +203,19 @@ def _check_influence(
             )
 
 
-def _one_taken_out(batches: Sequence[Batch]) -> list[list[Batch]]:
-    if len(batches) > 1:
-        return [[*batches[:i], *batches[i + 1 :]] for i in range(len(batches))]
-    size = batch_size(batches[0])
-    keep = [[j for j in range(size) if j != i] for i in range(size)]
-    return [[select_rows(batches[0], kept)] for kept in keep]
+def _one_taken_out(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
+    if len(pieces) > 1:
+        for place in range(len(pieces)):
+            yield [*pieces[:place], *pieces[place + 1 :]]
+        return
+    [(batch, owners)] = pieces
+    sizes = (1,) * batch_size(batch) if owners is None else owners.sizes
+    rows = iter(range(batch_size(batch)))
+    units = [list(itertools.islice(rows, size)) for size in sizes]
+    for place in range(len(units)):
+        kept = [row for unit in (*units[:place], *units[place + 1 :]) for row in unit]
+        others = owners and Owners((*sizes[:place], *sizes[place + 1 :]), owners.reduction)
+        yield [(select_rows(batch, kept), others)]
 
 
 def _released(summed: ClippedSum) -> dict[str, Tensor]:

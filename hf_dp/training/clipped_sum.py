@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,7 +17,9 @@ from hf_dp.engines import (
     SequentialEngine,
     engine_named,
 )
-from hf_dp.engines.rows import batch_size, row
+from hf_dp.engines.owners import Owners, UserReduction
+from hf_dp.engines.rows import batch_size, row, select_rows
+from hf_dp.errors import ConfigurationError, explain
 from hf_dp.layers import DEFAULT_LAYER_RULES, LayerRules
 from hf_dp.sums import ClippedSum
 from hf_dp.training.alone import definition_loss
@@ -38,8 +40,12 @@ def clipped_sum(
     engine: str | GradientEngine = "auto",
     example_loss: ExampleLoss | None = None,
     layer_rules: LayerRules = DEFAULT_LAYER_RULES,
+    users: Sequence[Hashable] | None = None,
+    user_reduction: UserReduction = "mean",
 ) -> ClippedSum:
     """Sum over a batch of each example's gradient, clipped to L2 norm `clipping_norm`.
+
+    With `users` the gradients of one user's examples are put together first, and clipped as one.
 
     The result is PRIVATE until noise of standard deviation ``noise_multiplier * clipping_norm`` is
     added to every coordinate; accounting, sampling and the ledger are then yours.
@@ -58,10 +64,13 @@ def clipped_sum(
         example_loss: ``(model, batch) -> (B,)`` losses, each from its own row alone. By default the
             loss that the model itself returns for the example alone.
         layer_rules: Module type -> rule.
+        users: Whose each example is, ``(B,)``, in any order.
+        user_reduction: Whether a user's gradient is the "mean" or the "sum" of its examples' gradients.
 
     Returns:
         An object with ``grads`` (parameter name -> summed clipped gradient), ``norms`` ``(B,)``
-        before clipping, and ``losses`` ``(B,)``.
+        before clipping, and ``losses`` ``(B,)``; with `users` one entry for each user, in the order in which
+        they come up first, and losses are means over a user's examples.
 
     Raises:
         ConfigurationError: An argument is out of range, or the model mixes examples.
@@ -69,10 +78,58 @@ def clipped_sum(
     """
     clipping = FlatClipping(clipping_norm)
     refuse_model(model)
+    owners: Owners | None = None
+    if users is not None:
+        batch, owners = _by_user(batch, users, user_reduction)
     chosen = engine_named(engine, layer_rules) if isinstance(engine, str) else engine
     if example_loss is None:
         example_loss, chosen = _default_loss(model, batch, chosen)
-    return chosen.clipped_sum(model, batch, example_loss=example_loss, clipping=clipping)
+    return chosen.clipped_sum(
+        model, batch, example_loss=example_loss, clipping=clipping, owners=owners
+    )
+
+
+def _by_user(
+    batch: Mapping[str, Any], users: Sequence[Hashable], reduction: UserReduction
+) -> tuple[Mapping[str, Any], Owners]:
+    """The batch with each user's rows together, and how many those are."""
+    rows: dict[Hashable, list[int]] = {}
+    if len(users) != batch_size(batch):
+        raise ConfigurationError(
+            explain(
+                "clipped_sum.users",
+                f"{len(users)} of them",
+                f"one for each of the {batch_size(batch)} examples",
+                "An example without an owner would be clipped with nobody.",
+                "Pass the owner of every row of the batch, in its order.",
+            )
+        )
+    for index, user in enumerate(users):
+        if not _names_one(user):
+            raise ConfigurationError(
+                explain(
+                    "clipped_sum.users",
+                    f"a {type(user).__name__}",
+                    "a string, a number or another hashable value that names one user",
+                    "Examples with the same value are protected together, and this one may name nobody.",
+                    "Give every example one owner; leave out examples that have none, or several.",
+                )
+            )
+        rows.setdefault(user, []).append(index)
+    order = [index for mine in rows.values() for index in mine]
+    owners = Owners(tuple(len(mine) for mine in rows.values()), reduction)
+    return select_rows(batch, order), owners
+
+
+def _names_one(user: object) -> bool:
+    """Whether a value can name a user: a tensor's hash is its place in memory, and nan is never itself."""
+    if user is None or isinstance(user, Tensor):
+        return False
+    try:
+        hash(user)
+        return bool(user == user)
+    except TypeError:
+        return False
 
 
 def _default_loss(

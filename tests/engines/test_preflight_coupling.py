@@ -83,7 +83,9 @@ class BatchNormed(nn.Module):
         return moved
 
 
-@pytest.mark.parametrize(("loss", "what"), LOSSES, ids=lambda value: getattr(value, "__name__", str(value)))
+@pytest.mark.parametrize(
+    ("loss", "what"), LOSSES, ids=lambda value: getattr(value, "__name__", str(value))
+)
 def test_a_loss_that_mixes_examples_is_named(loss: Any, what: str) -> None:
     with pytest.raises(ConfigurationError, match=rf"^example_loss='loss'.* its {what}\. "):
         fly(Reader(), loss)
