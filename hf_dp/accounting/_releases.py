@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Protocol
 
 from hf_dp.accounting._balls_in_bins import BallsInBinsPass
+from hf_dp.accounting._contributions import SampledContributions
 from hf_dp.accounting._leaves import Leaves
 from hf_dp.accounting._losses import Direction, DiscreteLoss
 from hf_dp.accounting._profiles import SampledSwap, TruncatedSample
 from hf_dp.events import (
     BallsInBins,
     Gaussian,
+    PoissonSampledContributions,
     PrivacyEvent,
     SampledWithoutReplacement,
     TruncatedPoissonSampled,
@@ -38,7 +40,12 @@ class Release(Protocol):
 
 def has_loss(leaf: PrivacyEvent) -> bool:
     """Whether `release_of` knows the loss of a release that is not `is_gaussian`."""
-    kinds = (BallsInBins, SampledWithoutReplacement, TruncatedPoissonSampled)
+    kinds = (
+        BallsInBins,
+        PoissonSampledContributions,
+        SampledWithoutReplacement,
+        TruncatedPoissonSampled,
+    )
     return isinstance(leaf, kinds) and type(leaf.event) is Gaussian
 
 
@@ -47,6 +54,8 @@ def release_of(leaf: PrivacyEvent) -> Release:
     match leaf:
         case BallsInBins(num_batches, Gaussian(noise)):
             return BallsInBinsPass(num_batches, noise)
+        case PoissonSampledContributions(probability, most, Gaussian(noise)):
+            return SampledContributions(probability, most, noise)
         case SampledWithoutReplacement(num_units, batch_size, Gaussian(noise)):
             return SampledSwap(batch_size / num_units, noise)
         case TruncatedPoissonSampled(num_units, probability, max_batch_size, Gaussian(noise)):
@@ -59,7 +68,8 @@ def unamplified(leaves: Leaves) -> dict[PrivacyEvent, int]:
     """Gaussian releases that are no more private than `leaves`: those of units that are always drawn.
 
     A mixture's Renyi divergence is at most its worst part's, and there a unit moves the sum by one
-    clipping norm, or by two where it leaves its place to another.
+    clipping norm, by two where it leaves its place to another, and by as many as it owns examples
+    where all of them may be drawn.
     """
     bounds: dict[PrivacyEvent, int] = {}
     for leaf, count in leaves.items():
@@ -71,6 +81,8 @@ def unamplified(leaves: Leaves) -> dict[PrivacyEvent, int]:
                 | TruncatedPoissonSampled(event=Gaussian(noise))
             ):
                 bound = Gaussian(noise / 2)
+            case PoissonSampledContributions(_, most, Gaussian(noise)):
+                bound = Gaussian(noise / most)
             case _:
                 bound = leaf
         bounds[bound] = bounds.get(bound, 0) + count

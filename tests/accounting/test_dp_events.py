@@ -35,6 +35,7 @@ LEDGERS: list[list[PrivacyEvent]] = [
             (Shuffled(4, Gaussian(3.0)), SelfComposed(Continued(Shuffled(4, Gaussian(3.0))), 3))
         )
     ],
+    [SelfComposed(PoissonSampledContributions(0.02, 3, Gaussian(2.0)), 100), Gaussian(5.0)],
     [SelfComposed(TruncatedPoissonSampled(1000, 0.1, 170, Gaussian(2.0)), 50)],
 ]
 

@@ -104,6 +104,10 @@ ONLY: list[tuple[PrivacyEvent, set[NeighboringRelation]]] = [
         BallsInBins(4, Gaussian(2.0)),
         {NeighboringRelation.ADD_OR_REMOVE_ONE, NeighboringRelation.REPLACE_SPECIAL},
     ),
+    (
+        PoissonSampledContributions(0.1, 3, Gaussian(2.0)),
+        {NeighboringRelation.ADD_OR_REMOVE_ONE, NeighboringRelation.REPLACE_SPECIAL},
+    ),
     (PASS, {NeighboringRelation.REPLACE_SPECIAL}),
     (TruncatedPoissonSampled(100, 0.1, 20, Gaussian(2.0)), {NeighboringRelation.REPLACE_SPECIAL}),
     (SampledWithoutReplacement(100, 10, Gaussian(2.0)), {NeighboringRelation.REPLACE_ONE}),
