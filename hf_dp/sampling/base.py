@@ -14,7 +14,11 @@ class BatchSampler(ABC):
     """Draws the units of each logical batch. Fields are public; what is private is an argument."""
 
     unit: ClassVar[PrivacyUnit]
-    relation: ClassVar[NeighboringRelation]
+
+    @property
+    @abstractmethod
+    def relation(self) -> NeighboringRelation:
+        """Which datasets count as neighbours; with most samplers a constant of the class."""
 
     @property
     def pass_length(self) -> int:
