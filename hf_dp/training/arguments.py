@@ -8,9 +8,9 @@ from hf_dp._validate import one_of, open_unit_interval, positive, positive_integ
 from hf_dp.accounting import ACCOUNTANTS, check_delta, default_delta
 from hf_dp.engines import ENGINES
 from hf_dp.errors import ConfigurationError, explain
+from hf_dp.training.user_options import PRIVACY_UNITS, check_user_options
 
 LEDGER_MODES = ("new", "continue")
-PRIVACY_UNITS = ("example",)
 SAMPLINGS = ("poisson", "truncated_poisson", "balls_in_bins", "shuffled", "fixed_size")
 
 
@@ -34,7 +34,8 @@ class DPArguments:
     target_delta: float | None = field(
         default=None,
         metadata={
-            "help": "Delta of the guarantee, below 1 / number of examples. Default: that number ** -1.1."
+            "help": "Delta of the guarantee, below 1 / number of examples (of users, with "
+            "privacy_unit='user'). Default: that number ** -1.1."
         },
     )
     noise_multiplier: float | None = field(
@@ -53,7 +54,8 @@ class DPArguments:
         default=None,
         metadata={
             "help": "Mean number of examples in a logical batch. Default: per_device_train_batch_size x "
-            "gradient_accumulation_steps x number of processes."
+            "gradient_accumulation_steps x number of processes. Where users are drawn (user_sampling) it "
+            "counts users, and the default is divided by max_examples_per_user."
         },
     )
     accountant: str = field(
@@ -80,7 +82,46 @@ class DPArguments:
         },
     )
     privacy_unit: str = field(
-        default="example", metadata={"help": "Whose data is protected together: 'example'."}
+        default="example",
+        metadata={
+            "help": "Whose data is protected together: each 'example', or all examples of each 'user'."
+        },
+    )
+    user_column: str = field(
+        default="user_id",
+        metadata={
+            "help": "Column of train_dataset with the user of each example, if DPTrainer is given no "
+            "`users`; it reaches neither collator nor model."
+        },
+    )
+    user_sampling: str = field(
+        default="users",
+        metadata={
+            "help": "With privacy_unit='user': draw 'users', each with fresh examples of their own that are "
+            "clipped as one; or draw 'examples' (sampling='poisson') from at most max_examples_per_user of "
+            "each user, clipped one by one."
+        },
+    )
+    max_examples_per_user: int | None = field(
+        default=None,
+        metadata={
+            "help": "Examples that a user brings to a batch at most (user_sampling='users'; None for all), "
+            "or to the whole training (user_sampling='examples', which needs it)."
+        },
+    )
+    user_reduction: str = field(
+        default="mean",
+        metadata={
+            "help": "What is clipped of a drawn user: the gradient of the 'mean' or of the 'sum' of the "
+            "losses of the examples drawn with them."
+        },
+    )
+    user_selection: str = field(
+        default="random",
+        metadata={
+            "help": "Which examples a user keeps with user_sampling='examples': 'random', 'longest', or "
+            "'first' in the data's order."
+        },
     )
     engine: str = field(
         default="auto",
@@ -153,6 +194,7 @@ class DPArguments:
         )
         self._check_optional_numbers()
         self._check_choices()
+        check_user_options(self)
 
     def _check_noise(self) -> None:
         given = [self.target_epsilon is not None, self.noise_multiplier is not None]
@@ -188,7 +230,7 @@ class DPArguments:
                 "DPArguments.target_delta",
                 self.target_delta,
                 "It is the probability with which the epsilon may fail to hold.",
-                "Leave it out for the default, or use a value well below 1 / number of examples.",
+                "Leave it out for the default, or use a value well below 1 / number of examples, or of users.",
             )
         if self.expected_batch_size is not None:
             positive(
@@ -247,10 +289,20 @@ class DPArguments:
         for name, (allowed, why) in choices.items():
             one_of(f"DPArguments.{name}", getattr(self, name), allowed, why)
 
-    def delta_for(self, num_examples: int) -> float:
-        """The delta of the guarantee: `target_delta`, or the default for this many examples."""
-        delta = default_delta(num_examples) if self.target_delta is None else self.target_delta
-        check_delta(delta, num_examples)
+    @property
+    def draws_users(self) -> bool:
+        """Whether whole users are drawn, each clipped as one."""
+        return self.privacy_unit == "user" and self.user_sampling == "users"
+
+    @property
+    def draws_contributions(self) -> bool:
+        """Whether users are protected, and single examples of theirs drawn and clipped."""
+        return self.privacy_unit == "user" and self.user_sampling == "examples"
+
+    def delta_for(self, num_units: int) -> float:
+        """The delta of the guarantee: `target_delta`, or the default for so many examples, or users."""
+        delta = default_delta(num_units) if self.target_delta is None else self.target_delta
+        check_delta(delta, num_units)
         return delta
 
 

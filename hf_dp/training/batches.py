@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from hf_dp.coins import Coins
+from hf_dp.engines.owners import Owners
 from hf_dp.engines.rows import batch_size
 from hf_dp.errors import ConfigurationError, PrivacyError, explain
 from hf_dp.sampling.base import BatchSampler
@@ -35,10 +36,34 @@ class Place:
     index: int
 
 
-class _Placed(list[Any]):
-    """The indices or the rows of a draw on their way through the loader and its workers."""
+class Draw(list[Any]):
+    """The indices or the rows of a draw on their way through the loader and its workers.
+
+    Attributes:
+        place: Which draw it is.
+        sizes: Examples of each drawn user, who stand one after the other; None where examples are drawn.
+    """
 
     place: Place | None = None
+    sizes: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class OwnedRows:
+    """Whose the rows of a micro-batch are.
+
+    Attributes:
+        owners: The rows of each user.
+        at_once: Rows that may be in memory together; fewer than there are with one large user alone.
+    """
+
+    owners: Owners
+    at_once: int
+
+    @property
+    def fit(self) -> bool:
+        """Whether all rows may be in memory together."""
+        return self.owners.num_rows <= self.at_once
 
 
 class LogicalBatch:
@@ -48,10 +73,16 @@ class LogicalBatch:
     exact answers are private data.
     """
 
-    def __init__(self, micro_batches: Sequence[Any], place: Place | None = None) -> None:
-        """Hold what the collator made of each micro-batch, and which draw it was made of."""
+    def __init__(
+        self,
+        micro_batches: Sequence[Any],
+        place: Place | None = None,
+        owned: Sequence[OwnedRows] | None = None,
+    ) -> None:
+        """Hold what the collator made of each micro-batch, which draw it was made of, and whose it is."""
         self.micro_batches = list(micro_batches)
         self.place = place
+        self.owned = None if owned is None else list(owned)
 
     def __contains__(self, key: object) -> bool:
         return False
@@ -59,7 +90,8 @@ class LogicalBatch:
     def pin_memory(self) -> LogicalBatch:
         """Pin every tensor, as ``dataloader_pin_memory`` asks."""
         pin: Callable[[Any], Any] = torch.utils.data._utils.pin_memory.pin_memory
-        return LogicalBatch([pin(micro_batch) for micro_batch in self.micro_batches], self.place)
+        pinned = [pin(micro_batch) for micro_batch in self.micro_batches]
+        return LogicalBatch(pinned, self.place, self.owned)
 
 
 def drawn(inputs: Any) -> LogicalBatch:
@@ -108,19 +140,27 @@ class LogicalBatchCollator:
         """Collate one draw; an empty one gives no micro-batch."""
         ordered = sorted(examples, key=self._length, reverse=True)
         batches = [self._collated(piece) for piece in self._pieces(ordered)]
-        if batches and (self.micro_batch_size > 1 or self.max_tokens is not None):
+        if batches and not self.one_by_one:
             self._require_marked_padding(ordered, batches)
         return LogicalBatch(batches, getattr(examples, "place", None))
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether every example is collated by itself."""
+        return self.micro_batch_size == 1 and self.max_tokens is None
 
     def _pieces(self, ordered: list[Any]) -> Iterator[list[Any]]:
         start = 0
         while start < len(ordered):
-            longest = self._length(ordered[start])
-            size = self.micro_batch_size
-            if self.max_tokens is not None and longest > 0:
-                size = max(1, self.max_tokens // longest)
+            size = self._at_once(self._length(ordered[start]))
             yield ordered[start : start + size]
             start += size
+
+    def _at_once(self, longest: int) -> int:
+        """Examples that may be in memory together, if the longest of them has this length."""
+        if self.max_tokens is not None and longest > 0:
+            return max(1, self.max_tokens // longest)
+        return self.micro_batch_size
 
     def _collated(self, piece: list[Any]) -> Any:
         """One micro-batch; rows are clipped one by one, so each must be one whole example."""
@@ -188,13 +228,19 @@ class LogicalBatchSampler(Sampler[list[int]]):
     """
 
     def __init__(
-        self, sampler: BatchSampler, num_units: int, steps_per_epoch: int, coins: Coins
+        self,
+        sampler: BatchSampler,
+        num_units: int,
+        steps_per_epoch: int,
+        coins: Coins,
+        examples_of: Callable[[list[int]], Draw] = Draw,
     ) -> None:
-        """Draw from `num_units` units with `coins`."""
+        """Draw from `num_units` units with `coins`; `examples_of` turns a draw into rows of the data."""
         self.sampler = sampler
         self.num_units = num_units
         self.steps_per_epoch = steps_per_epoch
         self.coins = coins
+        self.examples_of = examples_of
 
     def __iter__(self) -> Iterator[list[int]]:
         draws = self.sampler.batches(self.num_units, self.coins)
@@ -202,7 +248,7 @@ class LogicalBatchSampler(Sampler[list[int]]):
             index = number % self.sampler.pass_length
             if index == 0:
                 current = next(_PASSES)
-            drawn_now = _Placed(next(draws))
+            drawn_now = self.examples_of(next(draws))
             drawn_now.place = Place(current, index)
             yield drawn_now
 
@@ -217,38 +263,52 @@ class _Indexed(torch.utils.data.Dataset[Any]):
     draw at once, and could join its examples or make several rows, each clipped by itself, of one.
     """
 
-    def __init__(self, dataset: Any) -> None:
+    def __init__(self, dataset: Any, without: str | None = None) -> None:
         self.dataset = dataset
+        self.without = without  # a column that nobody may see
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Any:
-        return self.dataset[index]
+        return without_column(self.dataset[index], self.without)
 
     def __getitems__(self, indices: list[int]) -> list[Any]:
-        rows = _Placed(self.dataset[index] for index in indices)
+        rows = Draw(self[index] for index in indices)
         rows.place = getattr(indices, "place", None)
+        rows.sizes = getattr(indices, "sizes", None)
         return rows
+
+
+def without_column(row: Any, column: str | None) -> Any:
+    """An example as collator and model may see it."""
+    if column is None or not isinstance(row, Mapping) or column not in row:
+        return row
+    return {name: value for name, value in row.items() if name != column}
 
 
 def logical_loader(
     host: DataLoader[Any],
     sampler: LogicalBatchSampler,
-    micro_batch_size: int,
-    length_key: str,
-    max_tokens: int | None = None,
+    collator: LogicalBatchCollator,
+    without: str | None = None,
 ) -> DataLoader[LogicalBatch]:
-    """A loader of logical batches with the dataset, collator and workers of the Trainer's own.
+    """A loader of logical batches with the dataset and workers of the Trainer's own.
 
     It is a plain loader: accelerate's would shard a draw a second time.
+
+    Args:
+        host: The Trainer's.
+        sampler: Draws.
+        collator: Cuts each draw into micro-batches.
+        without: A column that no collator may see, or None.
     """
     seed = int(sampler.coins.bits(1)[0] >> 1)  # for collators that draw, in workers: secret as well
     generator = torch.Generator().manual_seed(seed)
     return DataLoader(
-        _Indexed(host.dataset),
+        _Indexed(host.dataset, without),
         batch_sampler=sampler,
-        collate_fn=LogicalBatchCollator(host.collate_fn, micro_batch_size, length_key, max_tokens),
+        collate_fn=collator,
         num_workers=host.num_workers,
         pin_memory=host.pin_memory and torch.accelerator.is_available(),
         persistent_workers=host.persistent_workers,

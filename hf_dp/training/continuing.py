@@ -86,9 +86,9 @@ def _copies_of_run(origin: Path, output_dir: Path) -> Iterator[Path]:
 def _same_plan(written: Mapping[str, Any], planned: Mapping[str, Any], path: Path) -> None:
     """Refuse a ledger of another plan; only the planned number of steps may differ."""
     planned = json.loads(json.dumps(planned))
-    for key in ("unit", "relation", "population_size", "coins"):
-        if written.get(key) != planned[key]:
-            raise _other_plan(key, written.get(key), planned[key], path)
+    for key in ("unit", "relation", "population_size", "users", "coins"):
+        if written.get(key) != planned.get(key):
+            raise _other_plan(key, written.get(key), planned.get(key), path)
     before, now = dict(written.get("plan", {})), dict(planned["plan"])
     for key in sorted((set(before) | set(now)) - {"num_steps"}):
         if before.get(key) != now.get(key):

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_dp.engines.base import is_out_of_memory
+from hf_dp.engines.owners import Owners
 from hf_dp.engines.rows import batch_size, select_rows
 from hf_dp.errors import ConfigurationError
 from hf_dp.sums import ClippedSum
+from hf_dp.training.batches import OwnedRows
 
 logger = logging.getLogger(__name__)
 
@@ -51,12 +53,55 @@ class MemoryLimit:
         while left:
             part, *rest = self._cut(left.pop(0))
             left = rest + left
-            summed = _attempt(sum_over, part)
+            size = batch_size(part)
+            summed = _attempt(lambda part=part: sum_over(part), size)
             if summed is None:
-                self._halve(part)
+                self._halve(part, size)
                 left.insert(0, part)
             else:
                 yield summed
+
+    def each_part_of_users(
+        self, inputs: Batch, owned: OwnedRows, sum_over: Callable[[Batch, OwnedRows], ClippedSum]
+    ) -> Iterator[ClippedSum]:
+        """The same where rows belong to users, none of whom is in two parts.
+
+        A user who does not fit is a part alone, with fewer rows in memory at once, down to one.
+
+        Args:
+            inputs: A micro-batch.
+            owned: Whose its rows are.
+            sum_over: As in `each_part`, with the users of the part.
+
+        Raises:
+            ConfigurationError: One example does not fit by itself.
+        """
+        left = [(inputs, owned)]
+        while left:
+            (part, whose), *rest = self._cut_users(*left.pop(0))
+            left = rest + left
+            size = min(whose.owners.num_rows, whose.at_once)
+            summed = _attempt(lambda part=part, whose=whose: sum_over(part, whose), size)
+            if summed is None:
+                self._halve(part, size)
+                left.insert(0, (part, whose))
+            else:
+                yield summed
+
+    def _cut_users(self, inputs: Batch, owned: OwnedRows) -> list[tuple[Batch, OwnedRows]]:
+        owners, rows = owned.owners, owned.owners.num_rows
+        if self.cells is not None:
+            rows = max(1, self.cells // _elements(inputs))
+        if rows >= min(owners.num_rows, owned.at_once):
+            return [(inputs, owned)]
+        parts: list[tuple[Batch, OwnedRows]] = []
+        start = 0
+        for sizes in _together(owners.sizes, rows):
+            stop = start + sum(sizes)
+            part = select_rows(inputs, range(start, stop))
+            parts.append((part, OwnedRows(Owners(sizes, owners.reduction), rows)))
+            start = stop
+        return parts
 
     def _cut(self, inputs: Batch) -> list[Batch]:
         size = batch_size(inputs)
@@ -68,8 +113,8 @@ class MemoryLimit:
             for start in range(0, size, rows)
         ]
 
-    def _halve(self, inputs: Batch) -> None:
-        self.cells = batch_size(inputs) // 2 * _elements(inputs)
+    def _halve(self, inputs: Batch, rows: int) -> None:
+        self.cells = rows // 2 * _elements(inputs)
         gc.collect()  # the failed attempt's graph may hang in cycles
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
@@ -79,14 +124,25 @@ class MemoryLimit:
         )
 
 
-def _attempt(sum_over: Callable[[Batch], ClippedSum], part: Batch) -> ClippedSum | None:
+def _together(sizes: Sequence[int], rows: int) -> Iterator[tuple[int, ...]]:
+    """Units in their order, whole, with at most so many rows together; a larger one alone."""
+    together: tuple[int, ...] = ()
+    for size in sizes:
+        if together and sum(together) + size > rows:
+            yield together
+            together = ()
+        together = (*together, size)
+    yield together
+
+
+def _attempt(summed: Callable[[], ClippedSum], rows: int) -> ClippedSum | None:
     """The sum, or None where memory ran out; the failure's tensors go with this function's frame."""
     try:
-        return sum_over(part)
+        return summed()
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        if batch_size(part) == 1:
+        if rows == 1:
             raise ConfigurationError(
                 "micro-batch of one example: expected it to fit in memory. It did not, so no smaller "
                 "micro-batch will. Truncate the examples (max_length), set gradient_checkpointing=True, or "

@@ -6,10 +6,9 @@ the whole story, in the order of the law: sum, budget, ledger, noise, average. C
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +20,26 @@ from transformers import TrainingArguments
 from hf_dp.accounting import accountant_named
 from hf_dp.accounting.base import Accountant
 from hf_dp.coins import Coins, SecretCoins
-from hf_dp.engines import ExampleLoss, SequentialEngine, engine_named
+from hf_dp.engines import ExampleLoss, engine_named
 from hf_dp.engines.base import trainable_parameters
-from hf_dp.engines.explain import EngineReport
 from hf_dp.errors import PrivacyError
 from hf_dp.layers import DEFAULT_LAYER_RULES, LayerRules
 from hf_dp.plan import PrivacyPlan
 from hf_dp.training.arguments import DPArguments, checked
-from hf_dp.training.batches import LogicalBatch, LogicalBatchSampler, drawn, logical_loader
+from hf_dp.training.batches import (
+    LogicalBatch,
+    LogicalBatchCollator,
+    LogicalBatchSampler,
+    drawn,
+    logical_loader,
+)
 from hf_dp.training.checkpoints import resolve_checkpoint
-from hf_dp.training.choice import Choice, announce, choose
-from hf_dp.training.explaining import explain_training
 from hf_dp.training.lines import NonPrivateMetrics
 from hf_dp.training.losses import default_loss_ceiling
 from hf_dp.training.made_up import LENGTHS
 from hf_dp.training.memory import MemoryLimit
-from hf_dp.training.padding import collators_padding
+from hf_dp.training.ownership import Ownership, given_dataset
+from hf_dp.training.packing import UserCollator
 from hf_dp.training.planning import Schedule, plan_for, schedule
 from hf_dp.training.refusals import private_copy, refuse_launcher, refuse_options
 from hf_dp.training.refused_parts import (
@@ -46,6 +49,7 @@ from hf_dp.training.refused_parts import (
     refuse_model,
 )
 from hf_dp.training.rehearsal import rehearse
+from hf_dp.training.settled import SettledMixin
 from hf_dp.training.shown import ShownMixin
 from hf_dp.training.spending import Claim, Spending
 from hf_dp.training.step import (
@@ -59,10 +63,8 @@ from hf_dp.training.tasks import recognise_task
 
 logger = logging.getLogger(__name__)
 
-_TRUSTED_HOSTS = ("transformers", "trl")  # whose compute_loss is what their models compute
 
-
-class DPTrainerMixin(ShownMixin):
+class DPTrainerMixin(SettledMixin, ShownMixin):
     """Put it before a Trainer class: ``class DPSFTTrainer(DPTrainerMixin, SFTTrainer)``.
 
     It takes the Trainer's arguments and these; `dp_args` is the only one that is needed.
@@ -73,6 +75,7 @@ class DPTrainerMixin(ShownMixin):
             delta, accountant and, as a budget, target_epsilon; the plan's own noise is used.
         layer_rules: Module type -> rule, instead of ``DEFAULT_LAYER_RULES``.
         example_loss: ``(model, inputs) -> (B,)`` losses, each from its own row alone.
+        users: The user of each training example, with ``privacy_unit="user"``, in place of a column.
         coins: Where randomness comes from. Anything but the operating system is for tests, and the
             ledger and the report then say "not private".
 
@@ -89,6 +92,7 @@ class DPTrainerMixin(ShownMixin):
         plan: PrivacyPlan | None = None,
         layer_rules: LayerRules = DEFAULT_LAYER_RULES,
         example_loss: ExampleLoss | None = None,
+        users: Sequence[Any] | None = None,
         coins: Coins | None = None,
         **kwargs: Any,
     ) -> None:
@@ -102,6 +106,9 @@ class DPTrainerMixin(ShownMixin):
         refuse_options(given[0])
         self._accumulation: int = given[0].gradient_accumulation_steps
         mine = private_copy(given[0])
+        self._ownership = Ownership(
+            self.dp_args, users, given_dataset(super().__init__, args, kwargs)
+        )
         super().__init__(
             *(mine if value is given[0] else value for value in args),
             **{name: mine if value is given[0] else value for name, value in kwargs.items()},
@@ -112,7 +119,7 @@ class DPTrainerMixin(ShownMixin):
         self.engine = engine_named(self.dp_args.engine, layer_rules)
         self._given_plan = plan
         self._given_loss = example_loss
-        self._choice: Choice | None = None
+        self._choice = None
         self._claim: Claim | None = None
         self._schedule: Schedule | None = None
         self._spending: Spending | None = None
@@ -139,18 +146,22 @@ class DPTrainerMixin(ShownMixin):
         """Plan and curve, made anew when the arguments or the data changed."""
         size = refuse_dataset(self.train_dataset)
         refuse_evaluation(self.train_dataset, self.eval_dataset, self.dp_args.nonprivate_metrics)
+        users = self._ownership.of(self.train_dataset)
         when = schedule(
             self.args,
             self.dp_args,
             given=self._given_plan,
             accumulation=self._accumulation,
             num_examples=size,
+            users=users,
         )
         if self._claim is None or when != self._schedule:
             labels = {"labels": torch.zeros(1, 1)}
             ceiling = default_loss_ceiling(self.model, recognise_task(self.model, labels))
             plan = self._given_plan or plan_for(self.dp_args, when, self.accountant, ceiling)
-            self._claim = Claim.of(plan, self.accountant, self.dp_args, size)
+            self._claim = Claim.of(
+                plan, self.accountant, self.dp_args, when.num_units, self._ownership.claimed(users)
+            )
             self._schedule = when
         return self._claim
 
@@ -187,24 +198,37 @@ class DPTrainerMixin(ShownMixin):
         finally:
             self._spending.close()
 
+    def num_examples(self, dataloader: DataLoader[Any]) -> int:
+        """What the host counts as examples: of training, those that a sampler draws from; users, say."""
+        drawing = dataloader.batch_sampler
+        if isinstance(drawing, LogicalBatchSampler):
+            return drawing.num_units
+        return int(super().num_examples(dataloader))
+
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Logical batches, drawn by the plan's sampler, with the host's dataset and collator."""
         claim = self._make_claim()
         assert self._schedule is not None
         if self._spending is not None:
             self._spending.require(claim)
-        sampler = LogicalBatchSampler(
-            claim.plan.sampler, claim.num_examples, self._schedule.steps_per_epoch, self.coins
-        )
         host = super().get_train_dataloader()
         alone = self._settle_loss(host).alone
-        return logical_loader(
-            host,
-            sampler,
-            1 if alone else self.args.per_device_train_batch_size,
-            getattr(self.model, "main_input_name", "input_ids"),
-            None if alone else self.dp_args.max_tokens_per_micro_batch,
+        key = getattr(self.model, "main_input_name", "input_ids")
+        sampler = LogicalBatchSampler(
+            claim.plan.sampler,
+            self._schedule.drawn_from,
+            self._schedule.steps_per_epoch,
+            self.coins,
+            self._ownership.examples_of(self.train_dataset, host.dataset, key, self.coins),
         )
+        size = 1 if alone else self.args.per_device_train_batch_size
+        tokens = None if alone else self.dp_args.max_tokens_per_micro_batch
+        collator = (
+            UserCollator(host.collate_fn, size, key, tokens, self.dp_args.user_reduction)
+            if self.dp_args.draws_users
+            else LogicalBatchCollator(host.collate_fn, size, key, tokens)
+        )
+        return logical_loader(host, sampler, collator, self._ownership.column)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -253,6 +277,7 @@ class DPTrainerMixin(ShownMixin):
                 example_loss=self._loss_of_each,
                 plan=plan,
                 limit=self._memory,
+                owned=batch.owned,
             )
         if self.dp_args.nonprivate_metrics:
             self._nonprivate.observe(summed)
@@ -293,51 +318,3 @@ class DPTrainerMixin(ShownMixin):
     def _on_device(self, inputs: LogicalBatch) -> Iterator[Mapping[str, Any]]:
         for micro_batch in inputs.micro_batches:
             yield tracked(self._prepare_inputs(micro_batch))
-
-    # ---- the loss of an example ----------------------------------------------------------------
-
-    def _settle_loss(self, host: DataLoader[Any]) -> Choice:
-        """Choose the loss of each example before any batch is drawn, on made-up examples."""
-        if self._choice is None:
-            own = type(self).compute_loss.__module__.partition(".")[0] in _TRUSTED_HOSTS
-            with self.coins.for_library_code(), self.compute_loss_context_manager():
-                item = host.dataset[0]
-                columns = host.collate_fn([copy.deepcopy(item)])
-                self._choice = choose(
-                    self.model,
-                    self._prepare_inputs(columns),
-                    lambda model, alone: self.compute_loss(model, alone),
-                    given=self._given_loss,
-                    trusted=own and self.compute_loss_func is None,
-                    label_smoothing=self.args.label_smoothing_factor,
-                    padding_id=collators_padding(
-                        host.collate_fn, item, getattr(self.model, "main_input_name", "input_ids")
-                    ),
-                )
-            announce(self._choice)
-            if self._choice.is_definition:
-                self.engine = SequentialEngine()
-        return self._choice
-
-    def explain_engine(self, length: int = 128) -> EngineReport:
-        """Which rule clips which parameter, in which form, at what cost.
-
-        Args:
-            length: Positions of the made-up examples on which it is found out.
-        """
-        host = super().get_train_dataloader()
-        self._settle_loss(host)
-        with self.coins.for_library_code():
-            columns = self._prepare_inputs(host.collate_fn([copy.deepcopy(host.dataset[0])]))
-            return explain_training(
-                self.model,
-                columns,
-                engine=self.engine,
-                example_loss=self._loss_of_each,
-                length=length,
-            )
-
-    def _loss_of_each(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-        assert self._choice is not None
-        with self.compute_loss_context_manager():
-            return self._choice.example_loss(model, inputs)

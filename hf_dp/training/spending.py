@@ -37,27 +37,34 @@ class Claim:
         accountant: Who bounds epsilon.
         delta: Delta of the guarantee.
         target_epsilon: The budget, or None.
-        num_examples: Size of the population, as it enters the accounting.
+        num_units: Size of the population, in examples or users, as it enters the accounting.
         curve: Epsilon after any number of passes of this plan; with most samplers a step is a pass.
+        users: What users bring, where users are protected; public, and part of the claim.
     """
 
     plan: PrivacyPlan
     accountant: Accountant
     delta: float
     target_epsilon: float | None
-    num_examples: int
+    num_units: int
     curve: EpsilonCurve
+    users: Mapping[str, Any] | None = None
 
     @classmethod
     def of(
-        cls, plan: PrivacyPlan, accountant: Accountant, dp_args: DPArguments, num_examples: int
+        cls,
+        plan: PrivacyPlan,
+        accountant: Accountant,
+        dp_args: DPArguments,
+        num_units: int,
+        users: Mapping[str, Any] | None = None,
     ) -> Self:
         """Compute the curve; refuse a plan that already passes its target.
 
         Raises:
             ConfigurationError: One step of the plan costs more than the target epsilon.
         """
-        delta = dp_args.delta_for(num_examples)
+        delta = dp_args.delta_for(num_units)
         curve = accountant.curve(
             plan.pass_event, num_steps=plan.num_passes, delta=delta, relation=plan.relation
         )
@@ -72,7 +79,7 @@ class Claim:
                     "Use more noise, or a smaller expected_batch_size.",
                 )
             )
-        return cls(plan, accountant, delta, target, num_examples, curve)
+        return cls(plan, accountant, delta, target, num_units, curve, users)
 
     def header(self, coins: Coins, dp_args: DPArguments) -> dict[str, Any]:
         """What the ledger's first line says about the run."""
@@ -80,7 +87,8 @@ class Claim:
         return {
             "unit": described["unit"],
             "relation": described["relation"],
-            "population_size": self.num_examples,
+            "population_size": self.num_units,
+            **({} if self.users is None else {"users": dict(self.users)}),
             "step_event": described["step_event"],
             "plan": described,
             "accountant": self.accountant.name,

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_dp.engines.base import ExampleLoss, GradientEngine, empty_sum
+from hf_dp.engines.sequential import SequentialEngine
 from hf_dp.errors import ConfigurationError, HfDpError, PrivacyError, explain
 from hf_dp.plan import PrivacyPlan
 from hf_dp.sums import ClippedSum, NoisySum
+from hf_dp.training.batches import OwnedRows
 from hf_dp.training.memory import MemoryLimit
+from hf_dp.training.packing import APART, apart
 
 
 def clipped_sum_of(
@@ -24,6 +27,7 @@ def clipped_sum_of(
     example_loss: ExampleLoss,
     plan: PrivacyPlan,
     limit: MemoryLimit | None = None,
+    owned: Sequence[OwnedRows] | None = None,
 ) -> ClippedSum:
     """The clipped sum over all micro-batches of a draw; zeros for an empty draw.
 
@@ -34,6 +38,7 @@ def clipped_sum_of(
         example_loss: One loss per example.
         plan: Its clipping and its loss release.
         limit: What is known of the memory; a micro-batch that does not fit is halved.
+        owned: Whose the rows of each micro-batch are; None where each is a unit by itself.
 
     Raises:
         PrivacyError: The model keeps something of the examples in a parameter or a buffer.
@@ -42,18 +47,27 @@ def clipped_sum_of(
     before = _versions(model)
     limit = limit or MemoryLimit()
 
-    def sum_over(inputs: Mapping[str, Any]) -> ClippedSum:
-        return engine.clipped_sum(
+    def sum_over(inputs: Mapping[str, Any], whose: OwnedRows | None = None) -> ClippedSum:
+        able = engine
+        if whose is not None and not (whose.fit and apart(inputs) is None):
+            able = SequentialEngine(1 if apart(inputs) else whose.at_once)
+        return able.clipped_sum(
             model,
             inputs,
             example_loss=example_loss,
             clipping=plan.clipping,
             loss_release=plan.loss_release,
+            owners=None if whose is None or max(whose.owners.sizes) == 1 else whose.owners,
         )
 
     summed: ClippedSum | None = None
-    for micro_batch in micro_batches:
-        for part in limit.each_part(micro_batch, sum_over):
+    for number, micro_batch in enumerate(micro_batches):
+        parts = (
+            limit.each_part(micro_batch, sum_over)
+            if owned is None
+            else limit.each_part_of_users(micro_batch, owned[number], sum_over)
+        )
+        for part in parts:
             summed = part if summed is None else summed + part
         _refuse_changes(model, before)
     return empty_sum(model, plan.loss_release) if summed is None else summed
@@ -91,6 +105,9 @@ def reentrant_refused() -> Iterator[None]:
 
 def tracked(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
     """`inputs` with tensors that a backward pass may save: copies of what inference mode made."""
+    pieces = apart(inputs)
+    if pieces is not None:
+        return {APART: [tracked(piece) for piece in pieces]}
     made = {n: v.clone() for n, v in inputs.items() if isinstance(v, Tensor) and v.is_inference()}
     return {**inputs, **made} if made else inputs
 

@@ -1,0 +1,198 @@
+"""Whose the training examples are: read once per dataset, and turned into rows at every draw."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from hf_dp.coins import Coins
+from hf_dp.errors import ConfigurationError, explain
+from hf_dp.sampling.users import Users
+from hf_dp.training.arguments import DPArguments
+from hf_dp.training.batches import Draw
+
+
+class Ownership:
+    """The users of a trainer's data, where users are protected."""
+
+    def __init__(self, dp_args: DPArguments, ids: Sequence[Any] | None, first: Any) -> None:
+        """Read the users of `first`, the dataset as it is given, before the host works on it.
+
+        Args:
+            dp_args: Whether users are protected, and the column that tells them.
+            ids: The user of each example, in place of a column.
+            first: A dataset, or None.
+
+        Raises:
+            ConfigurationError: `ids` are given where single examples are protected.
+        """
+        self.dp_args = dp_args
+        self.ids = ids
+        if ids is not None and not self.protects:
+            raise ConfigurationError(
+                explain(
+                    "DPTrainer.users",
+                    type(ids).__name__,
+                    f"None with privacy_unit={dp_args.privacy_unit!r}",
+                    "Single examples are protected, whoever owns them.",
+                    "Set DPArguments(privacy_unit='user'), or leave it out.",
+                )
+            )
+        self._known: tuple[Any, Users] | None = None
+        self._early = None if ids is not None or not self.protects else self._column(first)
+
+    @property
+    def protects(self) -> bool:
+        """Whether all examples of a user are protected together."""
+        return self.dp_args.privacy_unit == "user"
+
+    @property
+    def column(self) -> str | None:
+        """The column that neither collator nor model may see."""
+        return self.dp_args.user_column if self.protects else None
+
+    def of(self, dataset: Any) -> Users | None:
+        """Who owns which example of `dataset`; None where single examples are protected.
+
+        Raises:
+            ConfigurationError: It is not known, or not for every example; see `Users.of`.
+        """
+        if not self.protects:
+            return None
+        known = self._known
+        if known is None or known[0] is not dataset or known[1].num_examples != len(dataset):
+            known = self._known = (dataset, self._read(dataset))
+        return known[1]
+
+    def _read(self, dataset: Any) -> Users:
+        ids, early = self.ids, self._early
+        self._early = None  # for the host's own version of the dataset, and for no other
+        if ids is not None:
+            return Users.of(ids, len(dataset), owner="DPTrainer.users", shown=type(ids).__name__)
+        ids = self._column(dataset)
+        if ids is None:
+            ids = early
+        column = self.dp_args.user_column
+        if ids is None:
+            raise ConfigurationError(
+                explain(
+                    "DPArguments.user_column",
+                    column,
+                    "a column of train_dataset",
+                    "It tells which examples belong to the same user.",
+                    "Name the column with the ids, or pass users= to DPTrainer, one id per example.",
+                )
+            )
+        return Users.of(ids, len(dataset), owner="DPArguments.user_column", shown=column)
+
+    def _column(self, dataset: Any) -> list[Any] | None:
+        """The ids in `dataset`, or None where it has no such column."""
+        name = self.dp_args.user_column
+        if hasattr(dataset, "column_names") and hasattr(dataset, "with_format"):
+            if name not in dataset.column_names:
+                return None
+            plain = dataset.with_format(None).select_columns([name])  # past every transform
+            return list(plain[:][name])
+        if dataset is None or not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+            return None
+        ids = []
+        for index in range(len(dataset)):
+            row = dataset[index]
+            if not isinstance(row, Mapping) or (index == 0 and name not in row):
+                return None
+            ids.append(row.get(name))
+        return ids
+
+    def examples_of(
+        self, dataset: Any, rows: Any, length_key: str, coins: Coins
+    ) -> Callable[[list[int]], Draw]:
+        """What turns a draw into rows of the data.
+
+        Args:
+            dataset: Whose users are asked for.
+            rows: The same as the loader reads it.
+            length_key: The field whose length counts, where the longest examples are kept.
+            coins: For examples that are chosen at random.
+        """
+        users, given = self.of(dataset), self.dp_args
+        if users is None:
+            return Draw
+        if given.draws_users or given.max_examples_per_user is None:
+            return WholeUsers(users, given.max_examples_per_user, coins)
+        lengths = _lengths(rows, length_key) if given.user_selection == "longest" else None
+        return Contributions(
+            users.bounded(given.max_examples_per_user, given.user_selection, coins, lengths)
+        )
+
+    def claimed(self, users: Users | None) -> dict[str, Any] | None:
+        """What of the users is public, for the claim; None where single examples are protected."""
+        if users is None:
+            return None
+        given, most = self.dp_args, self.dp_args.max_examples_per_user
+        claimed = {"sampling": given.user_sampling, "max_examples_per_user": most}
+        if given.draws_users or most is None:
+            return {**claimed, "reduction": given.user_reduction}
+        return {**claimed, "selection": given.user_selection, "kept_examples": users.num_kept(most)}
+
+
+class WholeUsers:
+    """Turns drawn users into examples, fresh ones at every draw."""
+
+    def __init__(self, users: Users, most: int | None, coins: Coins) -> None:
+        """Each brings `most` examples at most; None for all."""
+        self.users = users
+        self.most = most
+        self.coins = coins
+
+    def __call__(self, drawn: list[int]) -> Draw:
+        """The rows of the drawn users, one after the other."""
+        own = [self.users.fresh(user, self.most, self.coins) for user in drawn]
+        rows = Draw(row for brought in own for row in brought)
+        rows.sizes = tuple(map(len, own))
+        return rows
+
+
+class Contributions:
+    """Turns places among the kept examples into examples.
+
+    What users keep is chosen anew where training is resumed. That costs nothing: what a step guarantees
+    holds for any examples that were chosen by a user's own data and fresh coins, as long as they are at
+    most so many; and steps are composed one by one, whatever the choice before was.
+    """
+
+    def __init__(self, kept: np.ndarray) -> None:
+        """Draw from `kept`, examples of which no user owns more than is accounted for."""
+        self.kept = kept
+
+    def __call__(self, drawn: list[int]) -> Draw:
+        """The rows at these places."""
+        return Draw(int(self.kept[place]) for place in drawn)
+
+
+def given_dataset(
+    host: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Any | None:
+    """The training data among the arguments of a host's constructor, by name or by place."""
+    try:
+        return inspect.signature(host).bind_partial(*args, **kwargs).arguments.get("train_dataset")
+    except TypeError:  # the host will say it better
+        return None
+
+
+def _lengths(rows: Any, key: str) -> np.ndarray:
+    """The length of every example, as the collator would find it."""
+    try:
+        return np.fromiter((len(rows[place][key]) for place in range(len(rows))), np.int64)
+    except (TypeError, KeyError, IndexError):
+        raise ConfigurationError(
+            explain(
+                "DPArguments.user_selection",
+                "longest",
+                f"examples with a field {key!r} that has a length",
+                "Without it nobody knows which examples are longest.",
+                "Tokenize the dataset before training, or choose user_selection='random'.",
+            )
+        ) from None

@@ -1,0 +1,91 @@
+"""The loss of an example in a run of the Trainer: chosen once, before any batch is drawn."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from hf_dp.coins import Coins
+from hf_dp.engines import ExampleLoss, GradientEngine, SequentialEngine
+from hf_dp.engines.explain import EngineReport
+from hf_dp.training.batches import without_column
+from hf_dp.training.choice import Choice, announce, choose
+from hf_dp.training.explaining import explain_training
+from hf_dp.training.ownership import Ownership
+from hf_dp.training.packing import apart
+from hf_dp.training.padding import collators_padding
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Host
+else:
+    _Host = object
+
+_TRUSTED_HOSTS = ("transformers", "trl")  # whose compute_loss is what their models compute
+
+
+class SettledMixin(_Host):
+    """The part of `DPTrainerMixin` that knows the loss of an example, and how it is clipped."""
+
+    coins: Coins
+    engine: GradientEngine
+    _choice: Choice | None
+    _given_loss: ExampleLoss | None
+    _ownership: Ownership
+
+    def _settle_loss(self, host: DataLoader[Any]) -> Choice:
+        """Choose the loss of each example before any batch is drawn, on made-up examples."""
+        if self._choice is None:
+            own = type(self).compute_loss.__module__.partition(".")[0] in _TRUSTED_HOSTS
+            with self.coins.for_library_code(), self.compute_loss_context_manager():
+                item = self._first(host)
+                columns = host.collate_fn([copy.deepcopy(item)])
+                self._choice = choose(
+                    self.model,
+                    self._prepare_inputs(columns),
+                    lambda model, alone: self.compute_loss(model, alone),
+                    given=self._given_loss,
+                    trusted=own and self.compute_loss_func is None,
+                    label_smoothing=self.args.label_smoothing_factor,
+                    padding_id=collators_padding(
+                        host.collate_fn, item, getattr(self.model, "main_input_name", "input_ids")
+                    ),
+                )
+            announce(self._choice)
+            if self._choice.is_definition:
+                self.engine = SequentialEngine()
+        return self._choice
+
+    def explain_engine(self, length: int = 128) -> EngineReport:
+        """Which rule clips which parameter, in which form, at what cost.
+
+        Args:
+            length: Positions of the made-up examples on which it is found out.
+        """
+        host = super().get_train_dataloader()
+        self._settle_loss(host)
+        with self.coins.for_library_code():
+            columns = self._prepare_inputs(host.collate_fn([copy.deepcopy(self._first(host))]))
+            return explain_training(
+                self.model,
+                columns,
+                engine=self.engine,
+                example_loss=self._loss_of_each,
+                length=length,
+            )
+
+    def _loss_of_each(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+        assert self._choice is not None
+        with self.compute_loss_context_manager():
+            pieces = apart(inputs)
+            if pieces is None:
+                return self._choice.example_loss(model, inputs)
+            return torch.cat([self._choice.example_loss(model, piece) for piece in pieces])
+
+    def _first(self, host: DataLoader[Any]) -> Any:
+        """An example, for its columns, as collators may see it."""
+        return without_column(host.dataset[0], self._ownership.column)
