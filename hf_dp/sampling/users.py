@@ -60,7 +60,7 @@ class Users:
                     "Give as many ids as train_dataset has examples, in their order.",
                 )
             )
-        _check_kinds(set(map(type, values)), owner, shown)
+        _check_kinds(set(map(type, values)) - {type(None)}, owner, shown)
         number = {value: place for place, value in enumerate(dict.fromkeys(values))}
         _check_missing(number, owner, shown)
         if len(number) < 2:

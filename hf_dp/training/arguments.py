@@ -230,7 +230,7 @@ class DPArguments:
                 "DPArguments.target_delta",
                 self.target_delta,
                 "It is the probability with which the epsilon may fail to hold.",
-                "Leave it out for the default, or use a value well below 1 / number of examples, or of users.",
+                "Leave it out for the default, or use a value well below 1 / number of units.",
             )
         if self.expected_batch_size is not None:
             positive(

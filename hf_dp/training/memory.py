@@ -6,6 +6,7 @@ with the process; log lines leave sizes out, for the last micro-batch's tells ho
 
 from __future__ import annotations
 
+import functools
 import gc
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -54,7 +55,7 @@ class MemoryLimit:
             part, *rest = self._cut(left.pop(0))
             left = rest + left
             size = batch_size(part)
-            summed = _attempt(lambda part=part: sum_over(part), size)
+            summed = _attempt(functools.partial(sum_over, part), size)
             if summed is None:
                 self._halve(part, size)
                 left.insert(0, part)
@@ -81,7 +82,7 @@ class MemoryLimit:
             (part, whose), *rest = self._cut_users(*left.pop(0))
             left = rest + left
             size = min(whose.owners.num_rows, whose.at_once)
-            summed = _attempt(lambda part=part, whose=whose: sum_over(part, whose), size)
+            summed = _attempt(functools.partial(sum_over, part, whose), size)
             if summed is None:
                 self._halve(part, size)
                 left.insert(0, (part, whose))

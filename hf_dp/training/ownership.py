@@ -96,7 +96,11 @@ class Ownership:
                 return None
             plain = dataset.with_format(None).select_columns([name])  # past every transform
             return list(plain[:][name])
-        if dataset is None or not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+        if (
+            dataset is None
+            or not hasattr(dataset, "__getitem__")
+            or not hasattr(dataset, "__len__")
+        ):
             return None
         ids = []
         for index in range(len(dataset)):

@@ -134,6 +134,8 @@ def _check_unit(dp_args: DPArguments, given: PrivacyPlan | None) -> None:
         return
     contributions = isinstance(given.sampler, ContributionSampling)
     most = getattr(given.sampler, "max_examples_per_user", None)
+    field: str
+    value: str
     if given.unit != dp_args.privacy_unit:
         field, value, expected = "unit", given.unit, f"{dp_args.privacy_unit!r}, as privacy_unit"
     elif contributions != dp_args.draws_contributions:
