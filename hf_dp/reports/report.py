@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,8 +13,9 @@ from hf_dp.accounting import accountant_named
 from hf_dp.accounting.base import Guarantee
 from hf_dp.accounting.shown import rounded_up
 from hf_dp.errors import LedgerError, explain
-from hf_dp.events import NeighboringRelation, from_json
+from hf_dp.events import NeighboringRelation, PrivacyEvent, from_json
 from hf_dp.ledger import LEDGER_NAME, LedgerRecord, read_ledger
+from hf_dp.reports.of_users import TRUSTED, bounded_to, fewer_than, in_words, largest_bound
 
 _RELATIONS = {
     NeighboringRelation.ADD_OR_REMOVE_ONE: "add or remove one {unit}",
@@ -34,6 +35,7 @@ class PrivacyReport:
         run_id: Names the run.
         header: The ledger's first line: plan, population, versions.
         torn: Whether the ledger's last line was cut short; it is counted as a release.
+        event: All releases in the ledger.
     """
 
     guarantee: Guarantee
@@ -41,6 +43,7 @@ class PrivacyReport:
     run_id: str
     header: Mapping[str, Any]
     torn: bool
+    event: PrivacyEvent | None = field(default=None, repr=False)
 
     @classmethod
     def from_ledger(cls, path: str | os.PathLike[str], *, accountant: str | None = None) -> Self:
@@ -77,13 +80,14 @@ class PrivacyReport:
                 f"ledger.header={sorted(header)}: expected also {sorted(missing)}. Without them the "
                 "guarantee cannot be stated. Use a ledger that DPTrainer wrote."
             )
+        event = record.event()
         guarantee = accountant_named(accountant or header["accountant"]).guarantee(
-            record.event(),
+            event,
             delta=header["delta"],
             unit=header["unit"],
             relation=NeighboringRelation(header["relation"]),
         )
-        return cls(guarantee, record.num_releases, record.run_id, header, record.torn)
+        return cls(guarantee, record.num_releases, record.run_id, header, record.torn, event)
 
     @property
     def is_private(self) -> bool:
@@ -103,12 +107,46 @@ class PrivacyReport:
     @property
     def neighbors(self) -> str:
         """The neighbouring relation in words."""
-        return _RELATIONS[self.guarantee.relation].format(unit=self.guarantee.unit)
+        words = _RELATIONS[self.guarantee.relation].format(unit=self.guarantee.unit)
+        if self._kept_examples is None:
+            return words
+        return words.replace(
+            "the number of users is public", "the numbers of users and of kept examples are public"
+        )
 
     def parts(self) -> dict[str, str]:
-        """Sampler, clipping and noise, each as ``Class(field=value, ...)``."""
+        """Sampler, clipping and noise, each as ``Class(field=value, ...)``, and what users bring."""
         plan = self.header["plan"]
-        return {name: _short(plan[name]) for name in ("sampler", "clipping", "noise")}
+        found = {name: _short(plan[name]) for name in ("sampler", "clipping", "noise")}
+        return found if self._users is None else {"users": in_words(self._users), **found}
+
+    @property
+    def _users(self) -> Mapping[str, Any] | None:
+        """What was claimed of users; None where single examples are protected."""
+        found: Mapping[str, Any] | None = self.header.get("users")
+        return found
+
+    @property
+    def _kept_examples(self) -> int | None:
+        return None if self._users is None else self._users.get("kept_examples")
+
+    def by_examples_of_a_user(self) -> dict[int, Guarantee]:
+        """The guarantee of a user who has only so many examples, where it is better than everybody's.
+
+        Only where examples are drawn and clipped one by one does it depend on their number.
+        """
+        if self._kept_examples is None or self.event is None:
+            return {}
+        accountant = accountant_named(self.guarantee.accountant)
+        return {
+            most: accountant.guarantee(
+                bounded_to(self.event, most),
+                delta=self.guarantee.delta,
+                unit=self.guarantee.unit,
+                relation=self.guarantee.relation,
+            )
+            for most in fewer_than(largest_bound(self.event))
+        }
 
     def caveats(self) -> list[str]:
         """What the guarantee does not cover, or must be known to read it."""
@@ -134,10 +172,13 @@ class PrivacyReport:
                 "Batches are shuffled, from which privacy gains nothing: the guarantee is that of batches "
                 "in any fixed order, and a figure for Poisson sampling would not hold."
             )
+        if self._users is not None:
+            found.append(TRUSTED)
         if self._holds_for_adding:
+            counted = "users or of examples" if self._kept_examples else f"{self.guarantee.unit}s"
             found.append(
                 "The same epsilon holds for adding or removing one if batch size, steps and sampling "
-                "probability were fixed without looking at the number of examples."
+                f"probability were fixed without looking at the number of {counted}."
             )
         return found
 
@@ -169,10 +210,11 @@ class PrivacyReport:
             "unit": self.guarantee.unit,
             "relation": str(self.guarantee.relation),
             "noise_multiplier": self.header["plan"]["noise"].get("noise_multiplier"),
-            "sampling_probability": self.header["plan"]["sampler"].get("sampling_probability"),
+            "sampling_probability": _drawing(self.header).get("sampling_probability"),
             "num_releases": self.num_releases,
             "num_steps": self.header["plan"]["num_steps"],
             "population_size": self.header.get("population_size"),
+            **({} if self._users is None else {"users": dict(self._users)}),
             "target_epsilon": self.header.get("target_epsilon"),
             "run_id": self.run_id,
             "torn": self.torn,
@@ -193,6 +235,10 @@ class PrivacyReport:
             f"releases: {self.num_releases} of {self.header['plan']['num_steps']} planned, "
             f"over {self.header.get('population_size')} {guarantee.unit}s; "
             f"run {self.run_id[:8]}, ledger intact",
+            *(
+                f"a user with at most {most} of the examples: epsilon <= {rounded_up(own.epsilon)}"
+                for most, own in self.by_examples_of_a_user().items()
+            ),
             *(f"note: {caveat}" for caveat in self.caveats()),
         ]
         if not self.is_private:
@@ -200,12 +246,21 @@ class PrivacyReport:
         return "\n".join(lines)
 
 
+def _drawing(header: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of the plan that flips the coins."""
+    sampler: Mapping[str, Any] = header["plan"]["sampler"]
+    users = sampler.get("users")
+    return users if isinstance(users, Mapping) else sampler
+
+
 def _short(part: Mapping[str, Any]) -> str:
-    fields = ", ".join(
-        f"{key}={value:.6g}" if isinstance(value, float) else f"{key}={value}"
-        for key, value in part.items()
-        if key != "type"
-    )
+    fields = ", ".join(f"{key}={_value(part[key])}" for key in part if key != "type")
     name = str(part["type"])
     shown = name.rsplit(".", 1)[-1] if name.startswith("hf_dp.") else name
     return f"{shown}({fields})"
+
+
+def _value(value: object) -> str:
+    if isinstance(value, Mapping) and "type" in value:
+        return _short(value)
+    return f"{value:.6g}" if isinstance(value, float) else f"{value}"

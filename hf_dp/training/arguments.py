@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from hf_dp._validate import one_of, open_unit_interval, positive, positive_integer
 from hf_dp.accounting import ACCOUNTANTS, check_delta, default_delta
 from hf_dp.engines import ENGINES
+from hf_dp.engines.owners import UserReduction
 from hf_dp.errors import ConfigurationError, explain
 from hf_dp.training.user_options import PRIVACY_UNITS, check_user_options
 
@@ -298,6 +299,13 @@ class DPArguments:
     def draws_contributions(self) -> bool:
         """Whether users are protected, and single examples of theirs drawn and clipped."""
         return self.privacy_unit == "user" and self.user_sampling == "examples"
+
+    @property
+    def reduction(self) -> UserReduction | None:
+        """How the losses of a drawn user's examples make one; None where examples are drawn."""
+        if not self.draws_users:
+            return None
+        return "sum" if self.user_reduction == "sum" else "mean"
 
     def delta_for(self, num_units: int) -> float:
         """The delta of the guarantee: `target_delta`, or the default for so many examples, or users."""

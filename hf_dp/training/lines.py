@@ -35,6 +35,7 @@ class NonPrivateMetrics:
     steps: int = 0
     losses: list[Tensor] = field(default_factory=list)
     norms: list[Tensor] = field(default_factory=list)
+    users_cut: int | None = None
 
     def observe(self, summed: ClippedSum) -> None:
         """Keep what one step's sum shows."""
@@ -60,6 +61,8 @@ class NonPrivateMetrics:
             "dropped_fraction": lambda: (~finite).float().mean(),
         }
         shown = {"nonprivate/batch_size": len(norms) / steps}
+        if self.users_cut is not None:
+            shown["nonprivate/users_cut"] = self.users_cut
         if bool(finite.any()):
             shown |= {f"nonprivate/{name}": float(figure()) for name, figure in figures.items()}
         return shown

@@ -38,7 +38,7 @@ from hf_dp.training.lines import NonPrivateMetrics
 from hf_dp.training.losses import default_loss_ceiling
 from hf_dp.training.made_up import LENGTHS
 from hf_dp.training.memory import MemoryLimit
-from hf_dp.training.ownership import Ownership, given_dataset
+from hf_dp.training.ownership import Ownership, announce_users, given_dataset
 from hf_dp.training.packing import UserCollator
 from hf_dp.training.planning import Schedule, plan_for, schedule
 from hf_dp.training.refusals import private_copy, refuse_launcher, refuse_options
@@ -223,11 +223,14 @@ class DPTrainerMixin(SettledMixin, ShownMixin):
         )
         size = 1 if alone else self.args.per_device_train_batch_size
         tokens = None if alone else self.dp_args.max_tokens_per_micro_batch
+        reduction = self.dp_args.reduction
         collator = (
-            UserCollator(host.collate_fn, size, key, tokens, self.dp_args.user_reduction)
-            if self.dp_args.draws_users
-            else LogicalBatchCollator(host.collate_fn, size, key, tokens)
+            LogicalBatchCollator(host.collate_fn, size, key, tokens)
+            if reduction is None
+            else UserCollator(host.collate_fn, size, key, tokens, reduction)
         )
+        announce_users(self.dp_args, size, tokens)
+        self._nonprivate.users_cut = self._ownership.num_cut(self.train_dataset)
         return logical_loader(host, sampler, collator, self._ownership.column)
 
     def get_batch_samples(
@@ -304,6 +307,7 @@ class DPTrainerMixin(SettledMixin, ShownMixin):
                 plan=plan,
                 one_by_one=size == 1 and budget is None,
                 width=size if budget is None else max(1, budget // max(LENGTHS)),
+                user_reduction=self.dp_args.reduction,
             )
             self._rehearsed = True
 

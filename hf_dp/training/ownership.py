@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ from hf_dp.errors import ConfigurationError, explain
 from hf_dp.sampling.users import Users
 from hf_dp.training.arguments import DPArguments
 from hf_dp.training.batches import Draw
+
+logger = logging.getLogger(__name__)
 
 
 class Ownership:
@@ -131,6 +134,11 @@ class Ownership:
             users.bounded(given.max_examples_per_user, given.user_selection, coins, lengths)
         )
 
+    def num_cut(self, dataset: Any) -> int | None:
+        """How many users have more examples than `max_examples_per_user`; None where nothing is cut."""
+        users, most = self.of(dataset), self.dp_args.max_examples_per_user
+        return None if users is None or most is None else users.num_cut(most)
+
     def claimed(self, users: Users | None) -> dict[str, Any] | None:
         """What of the users is public, for the claim; None where single examples are protected."""
         if users is None:
@@ -174,6 +182,19 @@ class Contributions:
     def __call__(self, drawn: list[int]) -> Draw:
         """The rows at these places."""
         return Draw(int(self.kept[place]) for place in drawn)
+
+
+def announce_users(dp_args: DPArguments, rows: int, max_tokens: int | None) -> None:
+    """Say aloud where most users are larger than a micro-batch, which makes training slow."""
+    most = dp_args.max_examples_per_user
+    if dp_args.draws_users and max_tokens is None and most is not None and most > rows:
+        logger.warning(
+            "hf_dp: a user with more than %d examples in a batch is taken alone, one after the other, since "
+            "micro-batches are no larger: exact, but slow. For speed let per_device_train_batch_size be at "
+            "least max_examples_per_user (%d).",
+            rows,
+            most,
+        )
 
 
 def given_dataset(

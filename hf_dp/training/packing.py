@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from hf_dp.engines.owners import Owners
+from hf_dp.engines.owners import Owners, UserReduction
 from hf_dp.training.batches import Collator, LogicalBatch, LogicalBatchCollator, OwnedRows
 
 APART = "collated apart"
@@ -27,7 +27,7 @@ class UserCollator(LogicalBatchCollator):
         micro_batch_size: int,
         length_key: str,
         max_tokens: int | None = None,
-        reduction: str = "mean",
+        reduction: UserReduction = "mean",
     ) -> None:
         """Wrap the Trainer's own collator; see `LogicalBatchCollator`.
 
@@ -39,7 +39,7 @@ class UserCollator(LogicalBatchCollator):
             reduction: How a user's losses make one.
         """
         super().__init__(collator, micro_batch_size, length_key, max_tokens)
-        self.reduction: Any = reduction  # UserReduction; Owners refuses any other
+        self.reduction = reduction
 
     def __call__(self, examples: list[Any]) -> LogicalBatch:
         """Collate one draw; an empty one gives no micro-batch."""

@@ -13,7 +13,9 @@ import torch
 from torch import nn
 
 from hf_dp.engines.base import ExampleLoss, GradientEngine
+from hf_dp.engines.owners import Owners, UserReduction
 from hf_dp.engines.preflight import TOLERANCE, preflight
+from hf_dp.engines.rows import batch_size
 from hf_dp.engines.undisturbed import undisturbed
 from hf_dp.plan import PrivacyPlan
 from hf_dp.training.choice import Choice
@@ -34,6 +36,7 @@ def rehearse(
     plan: PrivacyPlan,
     one_by_one: bool,
     width: int = 0,
+    user_reduction: UserReduction | None = None,
 ) -> None:
     """Stop training before its first step where it would not do what is claimed.
 
@@ -45,6 +48,7 @@ def rehearse(
         plan: Its clipping and its loss release.
         one_by_one: Whether every micro-batch is one example.
         width: How many examples a micro-batch has.
+        user_reduction: How a user's losses make one, where users are clipped as one; else None.
 
     Raises:
         PrivacyError: See `preflight`.
@@ -59,16 +63,21 @@ def rehearse(
             "and its loss were not checked. hf_dp.engines.preflight takes examples of your own making."
         )
         return
+    together = None if one_by_one or choice.alone else choice.rows
+    owners = None
+    if user_reduction is not None and together is not None:  # the first two examples are one user's
+        owners = Owners((2, *(1,) * (batch_size(together) - 2)), user_reduction)
     preflight(
         model,
         each_alone(choice.rows),
-        None if one_by_one or choice.alone else choice.rows,
+        together,
         engine=engine,
         example_loss=example_loss,
         clipping=plan.clipping,
         loss_release=plan.loss_release,
         tolerance=_COARSE_TOLERANCE if is_coarse(model) else TOLERANCE,
         width=width,
+        owners=owners,
     )
     logger.info("hf_dp: preflight passed")
 
