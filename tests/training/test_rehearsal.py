@@ -21,7 +21,7 @@ from hf_dp.layers import DEFAULT_LAYER_RULES
 from hf_dp.layers.factors import Vec
 from hf_dp.layers.linear import linear
 from hf_dp.ledger import LEDGER_NAME, read_ledger
-from hf_dp.training import mixin, rehearsal
+from hf_dp.training import mixin, rehearsal, settled
 from hf_dp.training.choice import Choice, choose
 from hf_dp.training.made_up import each_alone
 
@@ -141,7 +141,7 @@ def test_what_cannot_be_tried_is_said(
 
     for name, rows in (("none", None), ("refused", collate([{"input_ids": [8], "labels": 0}] * 4))):
         choice = Choice(needs_real_words, False, False, "given", rows)
-        monkeypatch.setattr(mixin, "choose", lambda *_, choice=choice, **__: choice)
+        monkeypatch.setattr(settled, "choose", lambda *_, choice=choice, **__: choice)
         with caplog.at_level(logging.DEBUG):
             trainer_for(
                 tmp_path / name, host={"max_steps": 1, "per_device_train_batch_size": 2}
