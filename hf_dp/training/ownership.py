@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from torch.utils.data import IterableDataset
 
 from hf_dp.coins import Coins
 from hf_dp.errors import ConfigurationError, explain
@@ -94,6 +95,8 @@ class Ownership:
     def _column(self, dataset: Any) -> list[Any] | None:
         """The ids in `dataset`, or None where it has no such column."""
         name = self.dp_args.user_column
+        if not _has_rows(dataset):
+            return None
         if hasattr(dataset, "column_names") and hasattr(dataset, "with_format"):
             if name not in dataset.column_names:
                 return None
@@ -182,6 +185,13 @@ class Contributions:
     def __call__(self, drawn: list[int]) -> Draw:
         """The rows at these places."""
         return Draw(int(self.kept[place]) for place in drawn)
+
+
+def _has_rows(dataset: Any) -> bool:
+    """Whether it is a map-style dataset; the host, or a later check, refuses any other."""
+    if isinstance(dataset, IterableDataset | Mapping):
+        return False
+    return hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
 
 
 def announce_users(dp_args: DPArguments, rows: int, max_tokens: int | None) -> None:

@@ -93,9 +93,7 @@ def schedule(
                 "DPArguments.expected_batch_size",
                 expected,
                 f"at most the number of {drawn} ({drawn_from})",
-                "The sampling probability expected_batch_size / num_examples cannot exceed 1."
-                if num_units == num_examples
-                else "The sampling probability, this divided by their number, cannot exceed 1.",
+                "The sampling probability is the quotient of the two, and cannot exceed 1.",
                 "Lower it, or per_device_train_batch_size x gradient_accumulation_steps.",
             )
         )
