@@ -42,7 +42,7 @@ class Mat(Factor):
     def prefers_gram(self) -> bool:
         """Whether the Gram form of the norm is the cheaper one."""
         (_, positions, d), p = self.left.shape, self.right.shape[2]
-        return positions * (p + d) < _WRITTEN_OUT_FROM * p * d
+        return _prefers_gram(positions, d, p)
 
     def trimmed(self) -> bool:
         """Leave out the last positions where one side is zero for all units; whether there are many.
@@ -123,7 +123,17 @@ class Mat(Factor):
         if self._dense is not None:
             return self._dense.grouped(packing)
         self.trimmed()  # padding is at the end of a row now, and inside a unit afterwards
-        return Mat(packing.joined(self.left), packing.joined(self.right, shared=True))
+        (_, positions, d), p = self.left.shape, self.right.shape[2]
+        if packing.is_even or _prefers_gram(packing.most * positions, d, p):
+            return Mat(packing.joined(self.left), packing.joined(self.right, shared=True))
+        return Vec(self._products(packing))
+
+    def _products(self, packing: Packing) -> Tensor:
+        """Each unit's gradient written out, ``(U, d, p)``, from its own rows alone."""
+        sides = zip(self.left.split(packing.sizes), self.right.split(packing.sizes), strict=True)
+        return torch.stack(
+            [wide(left.flatten(0, 1)).mT @ wide(right.flatten(0, 1)) for left, right in sides]
+        )
 
     def dense(self) -> Vec:
         if self._dense is None:
@@ -135,3 +145,7 @@ class Mat(Factor):
             return None
         left, right = [self.left, other.left], [self.right, other.right]
         return Mat(torch.cat(left, 1), torch.cat(right, 1))
+
+
+def _prefers_gram(positions: int, d: int, p: int) -> bool:
+    return positions * (p + d) < _WRITTEN_OUT_FROM * p * d

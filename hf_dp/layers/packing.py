@@ -38,6 +38,16 @@ class Packing:
         """Whether every row is a unit."""
         return all(size == 1 for size in self.sizes)
 
+    @property
+    def is_even(self) -> bool:
+        """Whether every unit has as many rows."""
+        return self._even is not None
+
+    @cached_property
+    def most(self) -> int:
+        """Rows of the largest unit."""
+        return max(self.sizes)
+
     @cached_property
     def owners(self) -> Tensor:
         """The unit of each row, ``(B,)``, on the CPU."""
@@ -74,10 +84,9 @@ class Packing:
     def _joined(self, rows: Tensor) -> Tensor:
         if self._even is not None:
             return rows.reshape(self.num_units, self._even * rows.shape[1], *rows.shape[2:])
-        most = max(self.sizes)
-        apart = rows.new_zeros(self.num_units * most, *rows.shape[1:])
-        apart[self._places(most).to(rows.device)] = rows
-        return apart.view(self.num_units, most * rows.shape[1], *rows.shape[2:])
+        apart = rows.new_zeros(self.num_units * self.most, *rows.shape[1:])
+        apart[self._places.to(rows.device)] = rows
+        return apart.view(self.num_units, self.most * rows.shape[1], *rows.shape[2:])
 
     @cached_property
     def _even(self) -> int | None:
@@ -85,7 +94,8 @@ class Packing:
         first = self.sizes[0]
         return first if all(size == first for size in self.sizes) else None
 
-    def _places(self, most: int) -> Tensor:
+    @cached_property
+    def _places(self) -> Tensor:
         """Where each row goes, ``(B,)``, when every unit has `most` places."""
         within = torch.cat([torch.arange(size) for size in self.sizes])
-        return self.owners * most + within
+        return self.owners * self.most + within
