@@ -236,7 +236,8 @@ def is_coarse(model: nn.Module) -> bool:
     return (
         _has_half(model)
         or torch.is_autocast_enabled(device)
-        # accelerate's mixed precision lives in the forward it puts in the place of this one.
-        or hasattr(unwrapped(model), "_original_forward")
+        # accelerate's mixed precision lives in the forward it puts in the place of this one, adapters'
+        # too.
+        or any("_original_forward" in vars(module) for module in model.modules())
         or (device == "cuda" and torch.get_float32_matmul_precision() != "highest")
     )

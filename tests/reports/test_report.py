@@ -13,7 +13,7 @@ from hf_dp.accounting import accountant_named
 from hf_dp.accounting.shown import rounded_up
 from hf_dp.clipping import FlatClipping, LossRelease
 from hf_dp.errors import ConfigurationError, LedgerCorruptError, LedgerError
-from hf_dp.events import Gaussian, NeighboringRelation, NonPrivate
+from hf_dp.events import Gaussian, NeighboringRelation, NonPrivate, PoissonSampledContributions
 from hf_dp.ledger import LEDGER_NAME, Ledger
 from hf_dp.noise import GaussianNoise
 from hf_dp.reports.markdown import privacy_section
@@ -236,3 +236,43 @@ def test_a_part_of_another_library_keeps_its_full_name(tmp_path: Path) -> None:
     report = PrivacyReport.from_ledger(tmp_path)
     assert report.parts()["noise"] == "mine.MyNoise(scale=0.25)"
     assert report.to_json()["noise_multiplier"] is None
+
+
+def users_header(**claimed: Any) -> dict[str, Any]:
+    return {"unit": "user", "users": {"max_examples_per_user": 4, **claimed}}
+
+
+def test_what_users_bring_is_said_in_report_card_and_json(tmp_path: Path) -> None:
+    claimed = {"sampling": "users", "reduction": "sum"}
+    report = PrivacyReport.from_ledger(write(tmp_path, **users_header(**claimed)))
+    text, card = str(report), privacy_section(report)
+    for shown in (text, card):
+        assert "drawn whole, each with at most 4 fresh examples" in shown
+        assert "the sum of their gradients is clipped as one" in shown
+        assert "ids are trusted" in shown
+        assert "10000 users" in shown
+    assert "per user" in text
+    assert "looking at the number of users" in text
+    assert report.to_json()["users"] == {"max_examples_per_user": 4, **claimed}
+    assert report.by_examples_of_a_user() == {}
+
+
+def test_a_user_with_fewer_examples_is_told_a_smaller_epsilon(tmp_path: Path) -> None:
+    claimed = {"sampling": "examples", "selection": "first", "kept_examples": 31_000}
+    event = PoissonSampledContributions(0.02, 4, Gaussian(1.1))
+    path = write(tmp_path, event=event, **users_header(**claimed))
+    report = PrivacyReport.from_ledger(path)
+    own = {most: found.epsilon for most, found in report.by_examples_of_a_user().items()}
+    assert own.keys() == {1, 2}
+    assert own[1] == pytest.approx(epsilon(40))
+    assert own[1] < own[2] < report.guarantee.epsilon
+    text = str(report)
+    assert "at most 4 examples of each are kept (first), 31000 in all" in text
+    assert "the numbers of users and of kept examples are public" in text
+    assert f"a user with at most 2 of the examples: epsilon <= {rounded_up(own[2])}" in text
+
+
+def test_a_report_on_examples_says_nothing_of_users(tmp_path: Path) -> None:
+    report = PrivacyReport.from_ledger(write(tmp_path))
+    assert "user" not in str(report) + privacy_section(report)
+    assert "users" not in report.to_json()

@@ -28,6 +28,9 @@ CHOICES = {
     "ledger": ("continued", "continue"),
     "privacy_unit": ("examples", "example"),
     "sampling": ("Poisson", "poisson"),
+    "user_reduction": ("means", "mean"),
+    "user_sampling": ("user", "users"),
+    "user_selection": ("Random", "random"),
 }
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tiny_runs import collate, fixed, tiny_bert, trainer_for
 from torch import Tensor, nn
 
@@ -119,6 +120,14 @@ def test_bf16_sums_are_near_those_of_one_by_one(
     one_by_one = sums(tmp_path / "a", monkeypatch, engine="sequential", host=host)
     found = sums(tmp_path / "b", monkeypatch, engine=engine, host=host)
     assert 0 < far(found, one_by_one) < 2e-2
+
+
+def test_adapters_in_bf16_pass_the_preflight(tmp_path: Path) -> None:
+    """What rounds to half precision is the forward of the adapted model, not that of the one inside."""
+    model = get_peft_model(
+        tiny_bert(), LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "value"])
+    )
+    trainer_for(tmp_path, model=model, host={"bf16": True, "max_steps": 1}).train()
 
 
 # ---- compiled models -------------------------------------------------------------------------------
