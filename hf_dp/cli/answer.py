@@ -12,6 +12,7 @@ import typer
 from hf_dp.accounting.shown import rounded_down, rounded_up
 from hf_dp.cli.run import PoissonRun
 from hf_dp.cli.sampled import SampledRun
+from hf_dp.cli.users import UserRun
 
 if TYPE_CHECKING:
     from hf_dp.accounting import Guarantee
@@ -35,7 +36,11 @@ _LARGE_DELTA = 1e-3
 
 
 def show(
-    run: PoissonRun | SampledRun, guarantee: Guarantee, *, as_json: bool, **more: float
+    run: PoissonRun | SampledRun | UserRun,
+    guarantee: Guarantee,
+    *,
+    as_json: bool,
+    **more: float,
 ) -> None:
     """Print what a run guarantees, and `more` facts about it."""
     facts = {
@@ -50,6 +55,10 @@ def show(
         "unit": guarantee.unit,
         "relation": str(guarantee.relation),
     }
+    if isinstance(run, UserRun):
+        facts["user_sampling"] = run.user_sampling
+        if run.max_examples_per_user is not None:
+            facts["max_examples_per_user"] = run.max_examples_per_user
     beside = {"lower": guarantee.lower, "estimate": guarantee.estimate}
     facts |= {name: value for name, value in beside.items() if value is not None} | more
     if as_json:
@@ -84,6 +93,8 @@ def _show_table(facts: Mapping[str, Any]) -> None:
         "sampling",
         "sampling_probability",
         "num_steps",
+        "user_sampling",
+        "max_examples_per_user",
         "expected_batch_size",
         "accountant",
     ):
@@ -106,8 +117,19 @@ def _sentence(facts: Mapping[str, Any]) -> str:
     if not facts["is_upper_bound"] and math.isinf(facts["epsilon"]):
         return (
             f"Accountant {facts['accountant']!r} only estimates, so no epsilon is guaranteed; the estimate "
-            f"is about {about}, under {_SAMPLINGS[facts['sampling']]}."
+            f"is about {about}, under {_drawn(facts)}."
         )
     kind = "a proven upper bound" if facts["is_upper_bound"] else "not proven to be an upper bound"
+    by = f"by accountant {facts['accountant']!r}"
+    return f"Epsilon is {kind}, {by}, for {about}, under {_drawn(facts)}."
+
+
+def _drawn(facts: Mapping[str, Any]) -> str:
+    """How batches are drawn, and whose they are."""
     drawn = _SAMPLINGS[facts["sampling"]]
-    return f"Epsilon is {kind}, by accountant {facts['accountant']!r}, for {about}, under {drawn}."
+    if facts.get("user_sampling") == "examples":
+        most = facts["max_examples_per_user"]
+        return (
+            f"{drawn} of examples, of which one user owns at most {most}, each clipped for itself"
+        )
+    return f"{drawn}, users being drawn" if "user_sampling" in facts else drawn

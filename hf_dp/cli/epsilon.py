@@ -7,11 +7,14 @@ from hf_dp.cli.options import (
     AsJson,
     Delta,
     MaxBatchSize,
+    MaxExamplesPerUser,
     NoiseMultiplier,
     NumExamples,
     NumSteps,
+    PrivacyUnitName,
     SamplingName,
     SamplingProbability,
+    UserSamplingName,
 )
 
 
@@ -24,6 +27,9 @@ def epsilon(
     sampling: SamplingName = "poisson",
     num_examples: NumExamples = None,
     max_batch_size: MaxBatchSize = None,
+    privacy_unit: PrivacyUnitName = "example",
+    user_sampling: UserSamplingName = None,
+    max_examples_per_user: MaxExamplesPerUser = None,
     accountant: AnyAccountantName = "pld",
     as_json: AsJson = False,
 ) -> None:
@@ -31,14 +37,21 @@ def epsilon(
     from hf_dp.accounting import accountant_or_estimator_named
     from hf_dp.cli.answer import show
     from hf_dp.cli.sampled import run_of
+    from hf_dp.cli.users import protecting
 
-    run = run_of(
+    drawn = run_of(
         sampling,
         sampling_probability,
         num_steps,
         num_examples=num_examples,
         max_batch_size=max_batch_size,
         noise_multiplier=noise_multiplier,
+    )
+    run = protecting(
+        drawn,
+        privacy_unit,
+        user_sampling=user_sampling,
+        max_examples_per_user=max_examples_per_user,
     )
     guarantee = accountant_or_estimator_named(accountant).guarantee(
         run.event(), delta=delta, unit=run.unit, relation=run.relation

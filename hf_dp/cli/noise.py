@@ -11,10 +11,13 @@ from hf_dp.cli.options import (
     AsJson,
     Delta,
     MaxBatchSize,
+    MaxExamplesPerUser,
     NumExamples,
     NumSteps,
+    PrivacyUnitName,
     SamplingName,
     SamplingProbability,
+    UserSamplingName,
 )
 
 
@@ -27,6 +30,9 @@ def noise(
     sampling: SamplingName = "poisson",
     num_examples: NumExamples = None,
     max_batch_size: MaxBatchSize = None,
+    privacy_unit: PrivacyUnitName = "example",
+    user_sampling: UserSamplingName = None,
+    max_examples_per_user: MaxExamplesPerUser = None,
     accountant: AccountantName = "pld",
     as_json: AsJson = False,
 ) -> None:
@@ -34,14 +40,21 @@ def noise(
     from hf_dp.accounting import accountant_named
     from hf_dp.cli.answer import show
     from hf_dp.cli.sampled import run_of
+    from hf_dp.cli.users import protecting
 
     chosen = accountant_named(accountant)
-    asked = run_of(
+    drawn = run_of(
         sampling,
         sampling_probability,
         num_steps,
         num_examples=num_examples,
         max_batch_size=max_batch_size,
+    )
+    asked = protecting(
+        drawn,
+        privacy_unit,
+        user_sampling=user_sampling,
+        max_examples_per_user=max_examples_per_user,
     )
     run = chosen.calibrate(asked, target_epsilon=target_epsilon, target_delta=delta)
     guarantee = chosen.guarantee(run.event(), delta=delta, unit=run.unit, relation=run.relation)

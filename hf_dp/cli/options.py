@@ -9,8 +9,10 @@ import typer
 SamplingProbability = Annotated[
     float,
     typer.Option(
-        help="Chance that an example is in a batch, in (0, 1]: "
-        "expected batch size / number of examples."
+        help="Chance that an example is in a batch, in (0, 1]: expected batch size / number of "
+        "examples. With --privacy-unit user: chance that a user is in a batch, expected users in a "
+        "batch / number of users; with --user-sampling examples as well: chance that an example is, "
+        "expected batch size / examples kept of all users."
     ),
 ]
 NoiseMultiplier = Annotated[
@@ -20,7 +22,7 @@ NumSteps = Annotated[int, typer.Option(help="Optimizer steps, > 0; each is a rel
 Delta = Annotated[
     float,
     typer.Option(
-        help="Chance with which epsilon may fail to hold; less than 1 / number of examples."
+        help="Chance with which epsilon may fail to hold; less than 1 / number of examples, or of users."
     ),
 ]
 TargetEpsilon = Annotated[float, typer.Option(help="The most to spend, > 0.")]
@@ -47,12 +49,33 @@ SamplingName = Annotated[
 ]
 NumExamples = Annotated[
     int | None,
-    typer.Option(help="Examples in the data; for 'fixed_size' and 'truncated_poisson' only."),
+    typer.Option(
+        help="Examples in the data, or users with --privacy-unit user; for 'fixed_size' and "
+        "'truncated_poisson' only."
+    ),
 ]
 MaxBatchSize = Annotated[
     int | None,
     typer.Option(
         help="Cap of 'truncated_poisson'. Default: the expected batch size + 10 times its square root."
+    ),
+]
+PrivacyUnitName = Annotated[
+    str,
+    typer.Option(help="Whose data is protected together: 'example', or all examples of a 'user'."),
+]
+UserSamplingName = Annotated[
+    str | None,
+    typer.Option(
+        help="With --privacy-unit user: 'users' are drawn, each clipped as one (default), or 'examples' "
+        "are, each clipped for itself, by Poisson sampling."
+    ),
+]
+MaxExamplesPerUser = Annotated[
+    int | None,
+    typer.Option(
+        help="Examples kept of each user; needed with --user-sampling examples, and of no effect on "
+        "epsilon where users are drawn."
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
