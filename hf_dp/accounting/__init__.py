@@ -24,6 +24,7 @@ from hf_dp.accounting.edgeworth import EdgeworthAccountant
 from hf_dp.accounting.gdp import GDPAccountant
 from hf_dp.accounting.pld import PLDAccountant
 from hf_dp.accounting.rdp import RDPAccountant
+from hf_dp.accounting.user_planner import UserPlan, UserRow, plan_users
 from hf_dp.errors import ConfigurationError, explain
 
 ACCOUNTANTS: Mapping[str, Callable[[], Accountant]] = MappingProxyType(
@@ -101,9 +102,12 @@ __all__ = [
     "Guarantee",
     "PLDAccountant",
     "RDPAccountant",
+    "UserPlan",
+    "UserRow",
     "accountant_named",
     "accountant_or_estimator_named",
     "check_delta",
     "default_delta",
     "flatten",
+    "plan_users",
 ]

@@ -13,6 +13,7 @@ from hf_dp.cli.epsilon import epsilon
 from hf_dp.cli.ew_tune import ew_tune
 from hf_dp.cli.explain import explain
 from hf_dp.cli.noise import noise
+from hf_dp.cli.plan_users import plan_users
 from hf_dp.cli.report import report
 from hf_dp.cli.steps import steps
 from hf_dp.cli.tuning import tuning
@@ -26,7 +27,20 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (epsilon, noise, steps, batch_size, tuning, compare, ew_tune, report, explain, demo):
+COMMANDS = (
+    epsilon,
+    noise,
+    steps,
+    batch_size,
+    plan_users,
+    tuning,
+    compare,
+    ew_tune,
+    report,
+    explain,
+    demo,
+)
+for command in COMMANDS:
     app.command()(command)
 
 

@@ -86,6 +86,7 @@ def test_help_names_every_subcommand(hf_dp_program: Callable[..., Any]) -> None:
         "noise",
         "steps",
         "batch-size",
+        "plan-users",
         "tuning",
         "compare",
         "ew-tune",
