@@ -32,6 +32,8 @@ CAVEATS = (
     "The mean cosine between gradients inside a user, and with it the norm of a user's average, is "
     "assumed; privacy does not depend on it, only this comparison does. Measure it on public data, or pay "
     "for a noisy quantile of norms.",
+    "The average of a user with fewer examples than the cap is longer than assumed, and is clipped more: "
+    "where many users are that small, prefer a smaller cap.",
     "The noise compared is that of the mean gradient; how much drawn examples differ is not in it.",
 )
 

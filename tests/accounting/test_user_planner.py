@@ -121,7 +121,7 @@ def test_defaults_are_powers_of_two_the_largest_size_and_a_small_delta() -> None
     usual = planned(target_delta=None, caps=[1])
     assert usual.target_delta == pytest.approx(100**-1.1)
     assert usual.num_users == 100
-    assert len(usual.caveats) == 3
+    assert len(usual.caveats) == 4
 
 
 def test_cosine_one_makes_one_example_per_user_best() -> None:
