@@ -64,6 +64,6 @@ def check_population(owner: str, stated: int, actual: int) -> None:
                 stated,
                 f"the number of units at hand ({actual})",
                 "The number of units is part of what is accounted for.",
-                "Build the sampler with the number of training examples.",
+                "Build the sampler with the number of training examples, or of users.",
             )
         )

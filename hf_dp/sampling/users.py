@@ -205,6 +205,16 @@ def _check_kinds(kinds: set[type], owner: str, shown: object) -> None:
                     "Turn the ids into strings.",
                 )
             )
+    if len({issubclass(kind, str) for kind in kinds}) == 2:
+        raise ConfigurationError(
+            explain(
+                owner,
+                shown,
+                "ids of one kind, either strings or not",
+                "The same user, once by a string and once by a number, would be protected as two.",
+                "Turn all ids into strings.",
+            )
+        )
 
 
 def _check_missing(found: Iterable[Any], owner: str, shown: object) -> None:

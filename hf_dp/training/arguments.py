@@ -48,7 +48,8 @@ class DPArguments:
     clipping_norm: float = field(
         default=1.0,
         metadata={
-            "help": "L2 norm to which each example's gradient (and loss coordinate) is clipped."
+            "help": "L2 norm to which the gradient (and loss coordinate) of each example, or of each drawn "
+            "user, is clipped."
         },
     )
     expected_batch_size: float | None = field(

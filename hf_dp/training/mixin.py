@@ -25,6 +25,7 @@ from hf_dp.engines.base import trainable_parameters
 from hf_dp.errors import PrivacyError
 from hf_dp.layers import DEFAULT_LAYER_RULES, LayerRules
 from hf_dp.plan import PrivacyPlan
+from hf_dp.reports.of_users import in_words
 from hf_dp.training.arguments import DPArguments, checked
 from hf_dp.training.batches import (
     LogicalBatch,
@@ -193,6 +194,8 @@ class DPTrainerMixin(SettledMixin, ShownMixin):
         logger.info(
             "hf_dp: %s, delta = %.3g, accountant %s", claim.plan, claim.delta, self.accountant.name
         )
+        if claim.users is not None:
+            logger.info("hf_dp: users: %s", in_words(claim.users))
         try:
             return super().train(resume_from_checkpoint=checkpoint, **kwargs)
         finally:

@@ -212,9 +212,10 @@ def given_dataset(
 ) -> Any | None:
     """The training data among the arguments of a host's constructor, by name or by place."""
     try:
-        return inspect.signature(host).bind_partial(*args, **kwargs).arguments.get("train_dataset")
+        named = inspect.signature(host).bind_partial(*args, **kwargs).arguments
     except TypeError:  # the host will say it better
         return None
+    return named.get("train_dataset", kwargs.get("train_dataset"))
 
 
 def _lengths(rows: Any, key: str) -> np.ndarray:

@@ -105,6 +105,8 @@ class Thing:
         ([torch.zeros(1), torch.zeros(2), 3], "one user for each example"),
         ([{"id": "a"}, {"id": "b"}, {"id": "a"}], "hashed and compared by value"),
         ([Thing(), Thing(), Thing()], "hashed and compared by value"),
+        (["7", 7, "secret"], "ids of one kind"),
+        ([b"secret", "secret", "a"], "ids of one kind"),
         (["secret"] * 3, "at least two users"),
         ("abc", "a sequence with one id"),
         (b"abc", "a sequence with one id"),

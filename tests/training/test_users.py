@@ -31,10 +31,11 @@ from user_runs import (
 
 from hf_dp import DPArguments
 from hf_dp.accounting import accountant_named, default_delta
+from hf_dp.engines.owners import Owners
 from hf_dp.events import Gaussian, NeighboringRelation, PoissonSampled
 from hf_dp.ledger import LEDGER_NAME, read_ledger
 from hf_dp.sampling import PoissonSampling, Users, UserSampling
-from hf_dp.training import batches, memory, ownership, packing
+from hf_dp.training import batches, memory, mixin, ownership, packing, rehearsal
 
 ONE = {"max_steps": 1}
 
@@ -199,7 +200,7 @@ def test_where_memory_ends_users_stay_whole_and_the_sum_is_the_same(
         return forward(self, input_ids, *args, **inputs)
 
     monkeypatch.setattr(inner, "forward", small)
-    dp = {**EVERYBODY, "max_examples_per_user": 4, "preflight": False}
+    dp = {**EVERYBODY, "max_examples_per_user": 4}
     made = trainer(tmp_path, host={**ONE, "per_device_train_batch_size": 16}, dp=dp)
     made.train()
     monkeypatch.undo()
@@ -281,12 +282,9 @@ def test_a_share_that_depends_on_the_others_would_be_seen(
     tmp_path: Path, recorded: Recorded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Losses divided by the rows of the micro-batch instead of the user's own."""
-    from hf_dp.engines.owners import Owners
-
     monkeypatch.setattr(
         Owners, "weighted", lambda self, losses: losses * self.num_units / len(losses)
     )
-    monkeypatch.setattr("hf_dp.training.mixin.rehearse", lambda *_, **__: None)
     with pytest.raises(AssertionError):
         test_a_user_moves_the_sum_by_no_more_than_the_norm_and_nobody_elses_share(
             tmp_path, recorded, 0.5, 4, 8
@@ -297,8 +295,6 @@ def test_a_divisor_that_counts_who_came_would_be_seen(
     tmp_path: Path, recorded: Recorded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The realised number of users: then one user changes what everybody's share is divided by."""
-    from hf_dp.training import mixin
-
     real = mixin.set_gradients
     monkeypatch.setattr(
         mixin,
@@ -309,6 +305,29 @@ def test_a_divisor_that_counts_who_came_would_be_seen(
     monkeypatch.setattr(UserSampling, "batches", lambda *_: iter([list(range(NUM_USERS))] * 20))
     with pytest.raises(AssertionError):
         test_what_is_released_is_divided_by_the_expected_number_of_users(tmp_path, recorded)
+
+
+@pytest.mark.parametrize(
+    ("dp", "expected"),
+    [
+        ({"user_reduction": "sum"}, Owners((2, 1, 1), "sum")),
+        ({}, Owners((2, 1, 1), "mean")),
+        ({"user_sampling": "examples"}, None),
+    ],
+)
+def test_the_preflight_takes_out_what_the_plan_protects(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dp: dict[str, Any], expected: Owners | None
+) -> None:
+    flown: list[Any] = []
+    real = rehearsal.preflight
+
+    def noted(*args: Any, **parts: Any) -> None:
+        flown.append(parts["owners"])
+        real(*args, **parts)
+
+    monkeypatch.setattr(rehearsal, "preflight", noted)
+    trainer(tmp_path, host=ONE, dp={"preflight": True, **dp}).train()
+    assert flown == [expected]
 
 
 # ---- who is drawn -------------------------------------------------------------------------------
@@ -354,7 +373,7 @@ def test_epsilon_is_that_of_sampled_users_in_logs_ledger_and_report(tmp_path: Pa
     made = trainer(
         tmp_path,
         host={"max_steps": 5, "report_to": ["tensorboard"]},
-        dp={"noise_multiplier": 2.0},
+        dp={"noise_multiplier": 2.0, "preflight": True},
     )
     made.train()
     assert made.plan.sampler == UserSampling(PoissonSampling(0.5))

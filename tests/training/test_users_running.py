@@ -412,7 +412,7 @@ def test_adapters_with_checkpointed_gradients_in_half_precision(
             "bf16": bf16,
             "per_device_train_batch_size": 8,
         },
-        dp={**EVERYBODY, "max_examples_per_user": 4, "clipping_norm": 0.2},
+        dp={**EVERYBODY, "max_examples_per_user": 4, "clipping_norm": 0.2, "preflight": True},
     )
     made.train()
     found = drawn(recorded, 0)
