@@ -11,11 +11,12 @@ from typing import Any, Self
 
 from hf_dp.accounting import accountant_named
 from hf_dp.accounting.base import Guarantee
+from hf_dp.accounting.group import for_owner_of
 from hf_dp.accounting.shown import rounded_up
 from hf_dp.errors import LedgerError, explain
 from hf_dp.events import NeighboringRelation, PrivacyEvent, from_json
 from hf_dp.ledger import LEDGER_NAME, LedgerRecord, read_ledger
-from hf_dp.reports.of_users import TRUSTED, bounded_to, fewer_than, in_words, largest_bound
+from hf_dp.reports.of_users import TRUSTED, fewer_than, in_words
 
 _RELATIONS = {
     NeighboringRelation.ADD_OR_REMOVE_ONE: "add or remove one {unit}",
@@ -133,19 +134,20 @@ class PrivacyReport:
     def by_examples_of_a_user(self) -> dict[int, Guarantee]:
         """The guarantee of a user who has only so many examples, where it is better than everybody's.
 
-        Only where examples are drawn and clipped one by one does it depend on their number.
+        Only where examples are drawn and clipped one by one does it depend on their number, which is itself
+        private.
         """
-        if self._kept_examples is None or self.event is None:
+        if self._users is None or self._kept_examples is None or self.event is None:
             return {}
         accountant = accountant_named(self.guarantee.accountant)
         return {
             most: accountant.guarantee(
-                bounded_to(self.event, most),
+                for_owner_of(most, self.event),
                 delta=self.guarantee.delta,
                 unit=self.guarantee.unit,
                 relation=self.guarantee.relation,
             )
-            for most in fewer_than(largest_bound(self.event))
+            for most in fewer_than(self._users["max_examples_per_user"])
         }
 
     def caveats(self) -> list[str]:

@@ -60,9 +60,11 @@ class Users:
                     "Give as many ids as train_dataset has examples, in their order.",
                 )
             )
-        _check_kinds(set(map(type, values)) - {type(None)}, owner, shown)
+        kinds = set(map(type, values)) - {type(None)}
+        _check_kinds(kinds, owner, shown)
         number = {value: place for place, value in enumerate(dict.fromkeys(values))}
         _check_missing(number, owner, shown)
+        _check_mixture(kinds, owner, shown)
         if len(number) < 2:
             raise ConfigurationError(
                 explain(
@@ -205,6 +207,9 @@ def _check_kinds(kinds: set[type], owner: str, shown: object) -> None:
                     "Turn the ids into strings.",
                 )
             )
+
+
+def _check_mixture(kinds: set[type], owner: str, shown: object) -> None:
     if len({issubclass(kind, str) for kind in kinds}) == 2:
         raise ConfigurationError(
             explain(

@@ -19,6 +19,7 @@ from transformers import Trainer, TrainerCallback
 from hf_dp import DPSeq2SeqTrainer, DPTrainer, DPTrainerMixin
 from hf_dp.errors import PrivacyError
 from hf_dp.ledger import LEDGER_NAME, read_ledger
+from hf_dp.training.settled import SettledMixin
 from hf_dp.training.shown import ShownMixin
 
 
@@ -233,14 +234,15 @@ def test_epochs_are_counted_by_the_loaders_length(tmp_path: Path, epochs: float)
     assert trainer.state.max_steps == trainer.state.global_step == trainer.plan.num_steps
 
 
-OURS = {**vars(ShownMixin), **vars(DPTrainerMixin)}
+OURS = {**vars(ShownMixin), **vars(SettledMixin), **vars(DPTrainerMixin)}
 
 
 def test_only_public_methods_are_overridden() -> None:
-    assert DPTrainerMixin.__mro__ == (DPTrainerMixin, ShownMixin, object)
+    assert DPTrainerMixin.__mro__ == (DPTrainerMixin, SettledMixin, ShownMixin, object)
     ours = {name for name, value in OURS.items() if callable(value) and hasattr(Trainer, name)}
     assert ours - {"__init__"} == {
         "train",
+        "num_examples",
         "get_train_dataloader",
         "get_batch_samples",
         "training_step",

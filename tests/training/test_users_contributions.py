@@ -23,15 +23,13 @@ from user_runs import (
 
 from hf_dp.accounting import accountant_named, default_delta
 from hf_dp.events import (
-    Composed,
     Gaussian,
     NeighboringRelation,
     PoissonSampled,
     PoissonSampledContributions,
-    SelfComposed,
 )
 from hf_dp.ledger import LEDGER_NAME, read_ledger
-from hf_dp.reports.of_users import bounded_to, fewer_than, largest_bound
+from hf_dp.reports.of_users import fewer_than
 from hf_dp.sampling import ContributionSampling, Users
 
 KEPT = sum(min(len(lines), 2) for lines in user_runs.TEXTS.values())  # 14 of 22
@@ -156,16 +154,7 @@ def test_what_is_kept_stays_within_a_run_and_is_chosen_anew_by_the_next(tmp_path
     assert len({tuple(draw) for _ in range(4) for draw in loader}) == 1
 
 
-def test_events_are_bounded_wherever_they_stand() -> None:
-    one = PoissonSampledContributions(0.1, 8, Gaussian(1.0))
-    tree = Composed((SelfComposed(one, 5), PoissonSampled(0.1, Gaussian(1.0))))
-    three = PoissonSampledContributions(0.1, 3, Gaussian(1.0))
-    assert bounded_to(tree, 3) == Composed(
-        (SelfComposed(three, 5), PoissonSampled(0.1, Gaussian(1.0)))
-    )
-    assert bounded_to(tree, 9) == tree
-    assert largest_bound(tree) == 8
-    assert largest_bound(Gaussian(1.0)) == 0
+def test_smaller_bounds_are_powers_of_two() -> None:
     assert list(fewer_than(8)) == [1, 2, 4]
     assert list(fewer_than(9)) == [1, 2, 4, 8]
     assert list(fewer_than(1)) == []

@@ -83,6 +83,7 @@ def test_every_sampler_draws_users(
     assert f"over {NUM_USERS} users" in str(made.privacy_report())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", ["users", "examples"])
 def test_a_resumed_run_goes_on_with_what_was_spent(tmp_path: Path, sampling: str) -> None:
     options = {
@@ -242,6 +243,7 @@ def test_a_collator_that_is_shown_the_users_would_be_seen(
         test_neither_collator_nor_model_sees_the_users(tmp_path, monkeypatch, Texts, False, "users")
 
 
+@pytest.mark.slow
 def test_users_may_be_given_beside_the_data(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -291,6 +293,7 @@ def test_users_are_read_before_the_host_drops_their_column(
     assert close(recorded.sums[0], brute_force(bert(), drawn(recorded, 0), norm=1.0))
 
 
+@pytest.mark.slow
 def test_views_and_transforms_of_a_table_keep_their_users(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -393,6 +396,7 @@ def test_examples_whose_padding_matters_are_collated_apart(
     assert close(recorded.sums[0], brute_force(bert(), drawn(recorded, 0), norm=1.0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bf16", [False, True])
 def test_adapters_with_checkpointed_gradients_in_half_precision(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bf16: bool
