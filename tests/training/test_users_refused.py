@@ -11,11 +11,12 @@ import pytest
 import torch
 from tiny_runs import refused, trainer_for
 from transformers import HfArgumentParser, TrainingArguments
-from user_runs import NUM_USERS, rows, table, trainer
+from user_runs import NUM_USERS, bert, rows, table, trainer
 
 from hf_dp import DPArguments, PrivacyPlan
 from hf_dp.clipping import FlatClipping
 from hf_dp.errors import ConfigurationError
+from hf_dp.ledger import LEDGER_NAME, read_ledger
 from hf_dp.noise import GaussianNoise
 from hf_dp.sampling import BatchSampler, ContributionSampling, PoissonSampling, UserSampling
 
@@ -295,3 +296,45 @@ def test_a_plan_for_users_is_taken(
     made.train()
     assert made.plan.sampler == sampler
     assert made.privacy_report().guarantee.unit == "user"
+
+
+class Stream(torch.utils.data.IterableDataset[dict[str, Any]]):
+    """Has a length, and nothing at a place."""
+
+    def __iter__(self) -> Any:
+        return iter(rows())
+
+    def __len__(self) -> int:
+        return len(rows())
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (Stream, "a dataset with a length"),
+        (lambda: table().to_iterable_dataset(), "a dataset with a length"),
+        (list, "at least one example"),
+    ],
+)
+def test_data_that_cannot_be_drawn_from_is_refused_as_always(
+    tmp_path: Path, make: Any, match: str
+) -> None:
+    refused(tmp_path, match, lambda: trainer(tmp_path, train_dataset=make()))
+
+
+def test_a_single_example_that_does_not_fit_is_a_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner = type(bert().bert)
+    forward = inner.forward
+
+    def nothing_fits(self: Any, *args: Any, **inputs: Any) -> Any:
+        if torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("out of memory")
+        return forward(self, *args, **inputs)
+
+    made = trainer(tmp_path, dp={"expected_batch_size": NUM_USERS})
+    monkeypatch.setattr(inner, "forward", nothing_fits)
+    with pytest.raises(ConfigurationError, match="micro-batch of one example: expected it to fit"):
+        made.train()
+    assert read_ledger(tmp_path / LEDGER_NAME).num_releases == 0
