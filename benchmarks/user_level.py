@@ -1,11 +1,12 @@
 """What does protecting whole users cost, by sampling examples (ELS) and by sampling users (ULS)?
 
-Critics' snippets about films, each film a "user": all its snippets are protected together. The demo's
-encoder with LoRA learns the critic's verdict from 400 films and is tested on films that it never saw.
-Every run sees as many examples a step, on average, and as many steps; epsilon is per film, delta is
-(number of films) ** -1.1. ELS keeps G snippets a film and clips each; ULS draws films, G fresh snippets
-of each, and clips a film's mean gradient. The clipping norm is the demo's, times how much shorter a mean of
-G gradients is on 30 further films, taken as public. Runs differ in their secret coins alone.
+Critics' snippets about films, each film a "user": all its snippets are protected together. From 400 films a
+classifier learns the critic's verdict, and is tested on films that it never saw: a linear head on the demo's
+frozen encoder, and, at a few points, the encoder with LoRA. Every run of a model sees as many
+examples a step, on average, and as many steps; epsilon is per film, delta is (number of films) ** -1.1.
+ELS keeps G snippets a film and clips each; ULS draws films, G fresh snippets of each, and clips a film's mean
+gradient. Its clipping norm is that of single examples times how much shorter a mean of G gradients is on 30
+further films, taken as public. Runs differ in their secret coins alone.
 
     python -m benchmarks.user_level            # keeps each run as it ends, and goes on where it was
     python -m benchmarks.user_level --check    # few films, few steps; keeps nothing
@@ -17,41 +18,61 @@ Source:
 from __future__ import annotations
 
 import argparse
-import csv
-import hashlib
-import io
 import json
 import statistics
 import tempfile
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
-from peft import PeftModel
-from transformers import AutoTokenizer, DataCollatorWithPadding, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from benchmarks.trainer_step import machine
+from benchmarks.user_films import (
+    PUBLIC_FILMS,
+    TRAIN_FILMS,
+    Material,
+    films,
+    head_material,
+    lora_material,
+)
 from hf_dp import DPArguments, DPTrainer, clipped_sum
-from hf_dp.demo.assets import encoder_folder, reviews_csv
-from hf_dp.demo.data import LABELS, Snippet, tokenized
 from hf_dp.demo.metric import accuracy
-from hf_dp.demo.model import load_classifier, with_lora
-from hf_dp.demo.run import bfloat16_is_faster
 
 RESULTS = Path(__file__).parent / "results" / "user_level.json"
-TRAIN_FILMS, PUBLIC_FILMS = 400, 30
-CLIPPING_NORM = 3.0  # of one example's gradient, as in the demo
-LEARNING_RATE = 1e-2
-SEEDS = 3
-EPSILONS = (2.0, 8.0)
-GROUPS = (1, 4, 16)
+Row = dict[str, Any]
 
-Films = Mapping[str, Sequence[Snippet]]
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is trained, and how much every run of it may compute.
+
+    Attributes:
+        examples: A step's, on average.
+        steps: Of every run.
+        learning_rate: Of Adam, falling linearly to zero; from a few runs on the public films.
+        clipping_norm: Of one example's gradient.
+        epsilons: Targets, per film.
+        groups: The most examples of one film in play, G.
+        runs: Of each setting.
+    """
+
+    name: str
+    examples: int
+    steps: int
+    learning_rate: float
+    clipping_norm: float
+    epsilons: tuple[float, ...]
+    groups: tuple[int, ...]
+    runs: int
+
+
+HEAD = Recipe("head", 512, 60, 0.1, 0.5, (1.0, 3.0, 8.0), (1, 4, 16), 4)
+LORA = Recipe("LoRA", 128, 30, 1e-2, 3.0, (8.0,), (8,), 2)
 
 
 @dataclass(frozen=True)
@@ -59,79 +80,26 @@ class Setting:
     """One way to train.
 
     Attributes:
+        model: The recipe's name.
         sampling: "examples" (ELS), "users" (ULS), or "none": the stock Trainer, without privacy.
-        epsilon: Per film; inf for "none".
-        group: G, the most examples of one film in play; 0 for "none".
+        epsilon: Per film; None without privacy.
+        group: G; None without privacy.
     """
 
+    model: str
     sampling: str
-    epsilon: float
-    group: int
+    epsilon: float | None = None
+    group: int | None = None
 
 
-@dataclass(frozen=True)
-class Budget:
-    """What every run may compute: examples a step, on average, and steps."""
-
-    examples: int = 128
-    steps: int = 40
-
-
-def films() -> Films:
-    """Film -> its distinct snippets, both in an order that depends on their text alone."""
-    csv.field_size_limit(1_000_000)
-    rows = csv.DictReader(io.StringIO(reviews_csv(None)))
-    found: dict[str, dict[str, Snippet]] = defaultdict(dict)
-    owners: dict[str, str] = {}
-    for row in rows:
-        if row["category"] in LABELS:
-            film = owners.setdefault(
-                row["text"], row["movie_name"]
-            )  # one owner, also of repeated text
-            found[film][row["text"]] = Snippet(row["text"], LABELS.index(row["category"]))
-    ordered = {
-        film: [texts[text] for text in sorted(texts, key=_hash)] for film, texts in found.items()
-    }
-    return {film: ordered[film] for film in sorted(ordered, key=_hash)}
-
-
-def _hash(text: str) -> bytes:
-    return hashlib.sha256(text.encode("utf-8")).digest()
-
-
-@dataclass(frozen=True)
-class Material:
-    """Three sets of films that share none."""
-
-    train: Dataset
-    public: Dataset
-    test: Dataset
-    num_films: int
-    tokenizer: Any
-
-    @classmethod
-    def of(cls, everything: Films, train: int, public: int) -> Material:
-        """Cut from the order of `films`."""
-        tokenizer = AutoTokenizer.from_pretrained(encoder_folder())
-        names = list(everything)
-
-        def part(some: Sequence[str]) -> Dataset:
-            rows = [snippet for film in some for snippet in everything[film]]
-            owners = [film for film in some for _ in everything[film]]
-            return tokenized(rows, tokenizer).add_column("film", owners)
-
-        return cls(
-            train=part(names[:train]),
-            public=part(names[train : train + public]),
-            test=part(names[train + public :]).remove_columns("film"),
-            num_films=train,
-            tokenizer=tokenizer,
-        )
-
-
-def new_model() -> PeftModel:
-    """The encoder with a head of zeros and LoRA on its two last layers."""
-    return with_lora(load_classifier(encoder_folder()))
+def settings(recipe: Recipe) -> Iterator[Setting]:
+    """All settings of a model, each as often as it is run, turn by turn."""
+    for _ in range(recipe.runs):
+        yield Setting(recipe.name, "none")
+        for epsilon in recipe.epsilons:
+            for group in recipe.groups:
+                for sampling in ("examples", "users"):
+                    yield Setting(recipe.name, sampling, epsilon, group)
 
 
 def shrinkage(material: Material, group: int) -> float:
@@ -139,30 +107,26 @@ def shrinkage(material: Material, group: int) -> float:
 
     Medians at the initial weights, over the public films.
     """
-    rows = material.public
-    taken: dict[str, int] = defaultdict(int)
+    taken: Counter[str] = Counter()
     kept = []
-    for index, film in enumerate(rows["film"]):
+    for index, film in enumerate(material.public["film"]):
         taken[film] += 1
         if taken[film] <= group:
             kept.append(index)
-    some = rows.select(kept)
-    owners = some["film"]
-    batch = DataCollatorWithPadding(material.tokenizer)(
-        [{name: row[name] for name in row if name != "film"} for row in some]
-    )
-    model = new_model()
+    some = material.public.select(kept)
+    batch = material.collator([{n: row[n] for n in row if n != "film"} for row in some])
+    model = material.new_model()
     each = clipped_sum(model, batch, clipping_norm=1.0).norms
-    means = clipped_sum(model, batch, clipping_norm=1.0, users=owners).norms
+    means = clipped_sum(model, batch, clipping_norm=1.0, users=some["film"]).norms
     return float(means.median() / each.median())
 
 
-def host_arguments(folder: str, budget: Budget, examples: int) -> TrainingArguments:
+def host_arguments(folder: str, recipe: Recipe, examples: int) -> TrainingArguments:
     """As in the demo, without a word."""
     return TrainingArguments(
         output_dir=folder,
-        max_steps=budget.steps,
-        learning_rate=LEARNING_RATE,
+        max_steps=recipe.steps,
+        learning_rate=recipe.learning_rate,
         per_device_train_batch_size=examples,
         per_device_eval_batch_size=128,
         use_cpu=not torch.accelerator.is_available(),
@@ -170,138 +134,120 @@ def host_arguments(folder: str, budget: Budget, examples: int) -> TrainingArgume
         logging_strategy="no",
         report_to=[],
         disable_tqdm=True,
-        bf16=bfloat16_is_faster(),
     )
 
 
 def trainer_for(
-    setting: Setting, material: Material, budget: Budget, clipping_norm: float, folder: str
+    setting: Setting, recipe: Recipe, material: Material, clipping_norm: float, folder: str
 ) -> Trainer:
-    """A trainer that sees `budget.examples` examples a step, on average."""
+    """A trainer that sees `recipe.examples` examples a step, on average."""
     parts: dict[str, Any] = {
-        "model": new_model(),
+        "model": material.new_model(),
         "train_dataset": material.train,
-        "eval_dataset": material.test,
-        "processing_class": material.tokenizer,
+        "eval_dataset": material.test.remove_columns("film"),
+        "data_collator": material.collator,
         "compute_metrics": accuracy,
     }
-    if setting.sampling == "none":
+    if setting.group is None:
         parts["train_dataset"] = material.train.remove_columns("film")
-        return Trainer(args=host_arguments(folder, budget, budget.examples), **parts)
-    by_user = setting.sampling == "users"
+        return Trainer(args=host_arguments(folder, recipe, recipe.examples), **parts)
+    per_draw = setting.group if setting.sampling == "users" else 1
     return DPTrainer(
-        args=host_arguments(folder, budget, 64),
+        args=host_arguments(folder, recipe, 64),
         dp_args=DPArguments(
             target_epsilon=setting.epsilon,
             privacy_unit="user",
             user_column="film",
             user_sampling=setting.sampling,
             max_examples_per_user=setting.group,
-            expected_batch_size=budget.examples / setting.group if by_user else budget.examples,
+            expected_batch_size=recipe.examples / per_draw,
             clipping_norm=clipping_norm,
         ),
         **parts,
     )
 
 
-def run(
-    setting: Setting, material: Material, budget: Budget, clipping_norm: float
-) -> dict[str, Any]:
+def run(setting: Setting, recipe: Recipe, material: Material, clipping_norm: float) -> Row:
     """Train once; what came out."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        trainer = trainer_for(setting, material, budget, clipping_norm, folder)
+        trainer = trainer_for(setting, recipe, material, clipping_norm, folder)
         trainer.train()
-        reached = trainer.evaluate()["eval_accuracy"]
-        private = isinstance(trainer, DPTrainer)
-        return {
-            **asdict(setting),
-            "epsilon": setting.epsilon if private else None,
-            "accuracy": reached,
-            "epsilon_spent": trainer.epsilon if private else None,
-            "noise_multiplier": trainer.plan.noise.noise_multiplier if private else None,
-            "clipping_norm": clipping_norm if private else None,
-            "seconds": time.perf_counter() - start,
-        }
+        row = {**asdict(setting), "accuracy": trainer.evaluate()["eval_accuracy"]}
+        if isinstance(trainer, DPTrainer):
+            row["epsilon_spent"] = trainer.epsilon
+            row["noise_multiplier"] = trainer.plan.noise.noise_multiplier  # type: ignore[attr-defined]
+            row["clipping_norm"] = clipping_norm
+    return {**row, "seconds": time.perf_counter() - start}
 
 
-def settings() -> Iterator[Setting]:
-    """All of them, in an order in which a run that is cut off still has every kind."""
-    for epsilon in EPSILONS:
-        for group in GROUPS:
-            for sampling in ("examples", "users"):
-                yield Setting(sampling, epsilon, group)
+def measure(recipe: Recipe, material: Material, rows: list[Row]) -> Iterator[list[Row]]:
+    """Add the runs that `rows` lacks, and hand all of them out after each."""
+    shrunk = {group: shrinkage(material, group) for group in recipe.groups}
+    done = Counter(_setting(row) for row in rows)
+    wanted: Counter[Setting] = Counter()
+    for setting in settings(recipe):
+        wanted[setting] += 1
+        if done[setting] >= wanted[setting]:
+            continue
+        by_user = setting.sampling == "users" and setting.group is not None
+        norm = recipe.clipping_norm * (shrunk[setting.group] if by_user else 1.0)  # type: ignore[index]
+        rows.append(run(setting, recipe, material, norm))
+        yield rows
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
+def _setting(row: Mapping[str, Any]) -> Setting:
+    return Setting(row["model"], row["sampling"], row["epsilon"], row["group"])
+
+
+def table(rows: Sequence[Row]) -> str:
     """Accuracy, mean and range over the runs of each setting, as Markdown."""
-    found: dict[tuple[Any, ...], list[Mapping[str, Any]]] = defaultdict(list)
+    found: dict[Setting, list[Row]] = defaultdict(list)
     for row in rows:
-        found[row["sampling"], row["epsilon"], row["group"]].append(row)
+        found[_setting(row)].append(row)
     lines = [
-        "| sampling | epsilon | G | noise multiplier | accuracy, % (least to most) |",
-        "|---|---|---|---|---|",
+        "| model | sampling | epsilon | G | noise multiplier | accuracy, %: mean (least to most) |",
+        "|---|---|---|---|---|---|",
     ]
-    for (sampling, epsilon, group), runs in found.items():
+    for one, runs in found.items():
         reached = [100 * row["accuracy"] for row in runs]
-        noise = runs[0]["noise_multiplier"]
+        noise = runs[0].get("noise_multiplier")
+        shown = ("" if part is None else f"{part:.3g}" for part in (one.epsilon, one.group, noise))
         lines.append(
-            f"| {sampling} | {epsilon or ''} | {group or ''} | {'' if noise is None else f'{noise:.3g}'} | "
+            f"| {one.model} | {one.sampling} | {' | '.join(shown)} | "
             f"{statistics.mean(reached):.1f} ({min(reached):.1f} to {max(reached):.1f}) |"
         )
     return "\n".join(lines)
 
 
+def _small(recipe: Recipe) -> Recipe:
+    return replace(recipe, examples=32, steps=2, groups=(1, 4), epsilons=(8.0,), runs=1)
+
+
 def main() -> None:
     """Run what is missing, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="few films and steps; keep nothing")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--check", action="store_true", help="few films and steps; keeps nothing")
     check = parser.parse_args().check
     torch.set_num_threads(1)
-    budget = Budget(examples=32, steps=3) if check else Budget()
     everything = films()
+    cut = TRAIN_FILMS, PUBLIC_FILMS
     if check:
-        everything = dict(list(everything.items())[:80])
-    material = Material.of(everything, 60 if check else TRAIN_FILMS, 10 if check else PUBLIC_FILMS)
-    rows: list[dict[str, Any]] = []
+        everything, cut = dict(list(everything.items())[:80]), (60, 10)
+    rows: list[Row] = []
     if RESULTS.exists() and not check:
-        rows = json.loads(RESULTS.read_text())["rows"]
-    shrunk = {group: shrinkage(material, group) for group in GROUPS}
-    wanted = [Setting("none", float("inf"), 0), *settings()]
-    for turn in range(1 if check else SEEDS):
-        for setting in wanted:
-            key = setting.sampling, setting.group, None if setting.group == 0 else setting.epsilon
-            done = sum((row["sampling"], row["group"], row["epsilon"]) == key for row in rows)
-            if done > turn:
-                continue
-            norm = CLIPPING_NORM * (shrunk[setting.group] if setting.sampling == "users" else 1.0)
-            rows.append(run(setting, material, budget, norm))
+        rows = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"]
+    for recipe, make in ((HEAD, head_material), (LORA, lora_material)):
+        used, material = _small(recipe) if check else recipe, make(everything, *cut)
+        for _ in measure(used, material, rows):
             print(rows[-1], flush=True)
             if not check:
-                _keep(rows, material, budget, shrunk)
+                sizes = {name: len(getattr(material, name)) for name in ("train", "public", "test")}
+                kept = {"machine": machine(), "films": TRAIN_FILMS, "snippets": sizes}
+                recipes = [asdict(HEAD), asdict(LORA)]
+                text = json.dumps({**kept, "recipes": recipes, "rows": rows}, indent=1)
+                RESULTS.write_text(text + "\n", encoding="utf-8")
     print(table(rows))
-
-
-def _keep(
-    rows: Sequence[Mapping[str, Any]],
-    material: Material,
-    budget: Budget,
-    shrunk: Mapping[int, float],
-) -> None:
-    kept = {
-        "machine": machine(),
-        "data": {
-            "films": material.num_films,
-            "train": len(material.train),
-            "test": len(material.test),
-            "public": len(material.public),
-        },
-        "budget": asdict(budget),
-        "learning_rate": LEARNING_RATE,
-        "shrinkage": shrunk,
-        "rows": rows,
-    }
-    RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
 
 
 if __name__ == "__main__":
