@@ -17,11 +17,20 @@ import torch
 from torch import Tensor, nn
 
 from hf_dp.engines.base import ExampleLoss, checked_losses, trainable_parameters
+from hf_dp.engines.probe import mode_of
 from hf_dp.engines.rows import batch_size, row
+from hf_dp.engines.sharded import Ranks, is_sharded
+from hf_dp.engines.undisturbed import without_dropout
 from hf_dp.errors import ConfigurationError, explain
 from hf_dp.layers.factors import wide
+from hf_dp.layers.randomness import Randomness, kept_randomness
 
 Batch = Mapping[str, Any]
+
+_TRIED, _PAIR = 4, 2
+# Of losses, relative: what rounding does not explain in several examples, and in any.
+_GAPS = {"float32": (1e-4, 5e-2), "accelerator": (2e-3, 5e-2), "half": (5e-2, 0.3)}
+_LITTLE_LOSS = 0.1
 
 _WHY = "Otherwise one example changes the gradients of others, and what it moves in the sum is not bounded."
 
@@ -62,6 +71,82 @@ def check_coupling(
                 seen = _flow(model, padded if mates else one, 0, example_loss)
                 other = _flow(model, together, index, example_loss)
             raise _refusal(_first_difference(model, seen, other, tolerance), mates)
+
+
+def check_mates(model: nn.Module, inputs: Batch, example_loss: ExampleLoss) -> None:
+    """Compare the losses of a few examples among others with those of the same examples alone.
+
+    In evaluation mode and, where nothing but dropout is drawn, in the mode that the model is in. All
+    rows keep their padding. A router that rounding tips over is no coupling: a little gap must show in
+    two examples, where more than two are tried.
+
+    Args:
+        model: As the engine calls it.
+        inputs: Two or more examples.
+        example_loss: One loss per example.
+
+    Raises:
+        ConfigurationError: They differ by more than rounding.
+    """
+    device = next(model.parameters()).device
+    for training in (False, True) if model.training else (False,):
+        with kept_randomness(device), mode_of(model, training=training), without_dropout():
+            before = Randomness.now(device)
+            gaps, half = _gaps(model, inputs, example_loss)
+            if not Randomness.now(device).same(before):
+                continue  # other draws for an example alone than among others
+            rounding = "float32" if device.type == "cpu" else "accelerator"
+            little, much = _GAPS["half" if half else rounding]
+            wrong = int((gaps > little).sum()) > (len(gaps) > _PAIR) or bool((gaps > much).any())
+            if Ranks(model).any(wrong):
+                raise _mates_refusal(model, inputs, int(gaps.argmax()), example_loss, little)
+
+
+@torch.no_grad()
+def _gaps(model: nn.Module, inputs: Batch, example_loss: ExampleLoss) -> tuple[Tensor, bool]:
+    """How far losses among others are from losses alone, relative; and if half precision is used."""
+    size = batch_size(inputs)
+    with _noting_half(model) as halves:
+        together = checked_losses(example_loss(model, inputs), size)
+    few = range(min(size, _TRIED))
+    alone = [checked_losses(example_loss(model, row(inputs, index)), 1) for index in few]
+    again = checked_losses(
+        example_loss(model, inputs), size
+    )  # what changes by itself is no coupling
+    among, repeated, found = (
+        wide(t).double()[: len(few)] for t in (together, again, torch.cat(alone))
+    )
+    scale = found.abs() + wide(together).double().abs().nan_to_num(0, 0, 0).mean() + _LITTLE_LOSS
+    gaps = ((among - found).abs() - (among - repeated).abs()) / scale
+    return gaps.nan_to_num(0, 0, 0), bool(halves)
+
+
+@contextlib.contextmanager
+def _noting_half(model: nn.Module) -> Iterator[list[bool]]:
+    """A list that is not empty once a module gave numbers with fewer digits than float32 has."""
+    found: list[bool] = []
+
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        least = torch.finfo(torch.float32).eps
+        floats = (t for t in _tensors(output) if t.is_floating_point())
+        if not found and any(torch.finfo(t.dtype).eps > least for t in floats):
+            found.append(True)
+
+    with contextlib.ExitStack() as stack:
+        for module in model.modules():
+            stack.enter_context(module.register_forward_hook(note))
+        yield found
+
+
+def _mates_refusal(
+    model: nn.Module, inputs: Batch, index: int, example_loss: ExampleLoss, tolerance: float
+) -> ConfigurationError:
+    if is_sharded(model):  # every rank would have to look for it alike
+        return _refusal(Suspect(None), mates=True)
+    with torch.no_grad():
+        seen = _flow(model, row(inputs, index), 0, example_loss)
+        other = _flow(model, inputs, index, example_loss)
+    return _refusal(_first_difference(model, seen, other, tolerance), mates=True)
 
 
 def _close(found: Tensor, expected: Tensor, tolerance: float) -> bool:

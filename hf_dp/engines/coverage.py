@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hf_dp.engines.base import trainable_parameters
@@ -21,8 +22,16 @@ from hf_dp.errors import UncoveredParameterError
 from hf_dp.layers.base import LayerRule, LayerRules, UnitAxis
 from hf_dp.layers.embedding import relative_bias
 from hf_dp.layers.generic import GenericRule
-from hf_dp.layers.recognise import ANY_LEADING_AXES, is_relative_bias_owner, recognise
+from hf_dp.layers.recognise import (
+    ANY_LEADING_AXES,
+    CONDITIONS,
+    is_on_probation,
+    is_relative_bias_owner,
+    recognise,
+)
 
+_PLAIN = (int, float, complex, str, torch.dtype, type(None))
+State = tuple[tuple[Any, ...], tuple[Any, ...]]
 Source = tuple[str, int]
 """A number of positions that a pass shows: name of a batch's tensor or a module, and which axis."""
 
@@ -121,6 +130,8 @@ class Coverage:
         proved: The kinds of graphs in which rows were seen to be the examples' own.
         twin: The graph of a batch of few.
         owners: The modules that own parameters, and what they do when they are called.
+        compared: Whether examples among others were compared with the same alone.
+        tried: The modules whose rules rest on what they were set to, and what that was.
     """
 
     model: nn.Module
@@ -131,19 +142,23 @@ class Coverage:
     settled: bool = False
     proved: set[Kinds] = field(default_factory=set)
     twin: Graph | None = None
+    compared: bool = False
     owners: list[tuple[Any, ...]] = field(init=False)
+    tried: list[tuple[nn.Module, State]] = field(init=False)
 
     def __post_init__(self) -> None:
         """Note what the rules were chosen for."""
         self.owners = _owners(self.model)
+        self.tried = [(p.module, state_of(p.module)) for p in self.points if rests_on_state(p)]
 
     def fits(self, model: nn.Module) -> bool:
-        """Whether the model still trains the same parameters, by the same modules' forwards."""
+        """Whether the model still trains the same parameters, by the same modules' forwards and settings."""
         now = trainable_parameters(model)
         same = now.keys() == self.parameters.keys() and all(
             now[name] is p for name, p in self.parameters.items()
         )
-        return same and self.owners == _owners(model)
+        same = same and self.owners == _owners(model)
+        return same and all(state_of(module) == state for module, state in self.tried)
 
     @property
     def counts(self) -> bool:
@@ -232,6 +247,30 @@ class Coverage:
                 return None
             name = name.rpartition(".")[0]
         return name
+
+
+def rests_on_state(point: TapPoint) -> bool:
+    """Whether another setting of the module, say a scale, may ask for another rule."""
+    return point.rule in CONDITIONS or is_on_probation(point.module, point.rule)
+
+
+def state_of(module: nn.Module) -> State:
+    """The plain values that a module holds, and the versions of its buffers."""
+    plain = tuple(
+        (name, value)
+        for name, value in vars(module).items()
+        if _is_plain(value) and name != "training"
+    )
+    buffers = tuple(
+        (name, id(buffer), buffer._version)
+        for name, buffer in module._buffers.items()
+        if buffer is not None and not buffer.is_inference()
+    )
+    return plain, buffers
+
+
+def _is_plain(value: object) -> bool:
+    return isinstance(value, _PLAIN) or (isinstance(value, tuple) and all(map(_is_plain, value)))
 
 
 def _owners(model: nn.Module) -> list[tuple[Any, ...]]:

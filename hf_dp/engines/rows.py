@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from hf_dp.errors import ConfigurationError, explain
@@ -17,14 +18,14 @@ def batch_size(inputs: Mapping[str, Any]) -> int:
     """How many examples the batch holds.
 
     Args:
-        inputs: What a collator returned: tensors and lists with one row per example; numbers,
-            flags, strings, None and 0-d tensors are settings that all examples share.
+        inputs: What a collator returned: tensors, arrays and lists with one row per example;
+            numbers, flags, strings, None and 0-d tensors are settings that all examples share.
 
     Returns:
-        The common leading size of every tensor and list.
+        The common leading size of every tensor, array and list.
 
     Raises:
-        ConfigurationError: If there is none, or they disagree.
+        ConfigurationError: If there is none, or they disagree, or a value cannot be cut.
     """
     sizes = {name: size for name, value in inputs.items() for size in _leading_sizes(name, value)}
     if not sizes:
@@ -78,8 +79,18 @@ def _leading_sizes(name: str, value: object) -> Iterator[int]:
 
 
 def _has_rows(name: str, value: object) -> bool:
-    if isinstance(value, Tensor):
-        return value.dim() > 0 and not (name in _SHARED_BY_ALL and len(value) == 1)
+    if isinstance(value, Tensor | np.ndarray):
+        return value.ndim > 0 and not (name in _SHARED_BY_ALL and len(value) == 1)
+    if hasattr(value, "__array__") and getattr(value, "shape", None):
+        raise ConfigurationError(
+            explain(
+                f"batch[{name!r}]",
+                f"a {type(value).__name__}",
+                "a tensor, an array or a list",
+                "What is not cut would be given to every example alike, with the others' rows in it.",
+                "Let the data collator return a tensor.",
+            )
+        )
     return isinstance(value, list | tuple)
 
 
@@ -94,4 +105,5 @@ def _pick(name: str, value: Any, indices: list[int]) -> Any:
         return {key: _pick(name, inner, indices) for key, inner in value.items()}
     if not _has_rows(name, value):
         return value
-    return value[indices] if isinstance(value, Tensor) else [value[index] for index in indices]
+    whole = isinstance(value, Tensor | np.ndarray)
+    return value[indices] if whole else [value[index] for index in indices]

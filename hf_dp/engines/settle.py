@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,14 +14,17 @@ from hf_dp.engines.attribution import prove
 from hf_dp.engines.axes import establish_axes, unexplained
 from hf_dp.engines.base import ExampleLoss, checked_losses, is_out_of_memory
 from hf_dp.engines.by_content import Graph
+from hf_dp.engines.coupling import check_mates
 from hf_dp.engines.coverage import Coverage, LayoutUnknownError, NotTappableError, TapPoint
 from hf_dp.engines.precision import full_precision
 from hf_dp.engines.probe import mode_of, sizes_of
 from hf_dp.engines.rows import batch_size, select_rows
+from hf_dp.engines.sharded import is_sharded
 from hf_dp.engines.tap import Call, UsedOutsideError
 from hf_dp.engines.whole_tap import NoOutputAxisError, whole_call
 from hf_dp.errors import HfDpError
 from hf_dp.layers.randomness import kept_randomness
+from hf_dp.layers.recognise import is_on_probation, still_computes
 from hf_dp.layers.repeats import UnrepeatedError
 
 _TWIN = 3  # examples; few batches have as many
@@ -48,6 +52,7 @@ def settle(
 
     Raises:
         UncoveredParameterError: A parameter climbed past the model itself.
+        ConfigurationError: An example's loss among others is not what it is alone.
     """
     units = batch_size(inputs)
     few = select_rows(inputs, range(units if deep else min(units, 2)))
@@ -64,6 +69,9 @@ def settle(
                     continue
             if not _climbed_in_trial(model, few, coverage, example_loss):
                 break
+        if units > 1 and not (deep or coverage.compared):
+            check_mates(model, inputs, example_loss)
+            coverage.compared = True
         if units > 1:
             coverage.twin = _twin(model, inputs, coverage, example_loss)
     coverage.settled = True
@@ -136,7 +144,7 @@ def _trial(
                 raise NotTappableError(call.point, str(error)) from None
 
     device = next(iter(coverage.parameters.values())).device
-    with torch.no_grad(), kept_randomness(device):
+    with torch.no_grad(), kept_randomness(device), _on_probation(coverage):
         plain = checked_losses(example_loss(model, few), units)
     with recording(coverage, units) as record:
         anchor = record.anchor
@@ -145,6 +153,32 @@ def _trial(
             raise RuntimeError("the losses changed under taps")
         prove(record, losses, hidden=False)
         record.backward(losses, try_out)
+
+
+@contextlib.contextmanager
+def _on_probation(coverage: Coverage) -> Iterator[None]:
+    """Within it, what was recognised by what it computes must do so on real numbers, too."""
+
+    def check(point: TapPoint, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        assert point.rule is not None
+        if not still_computes(point.module, point.rule, point.sole_input(args, kwargs), output):
+            raise NotTappableError(
+                point,
+                f"{point.described} does not give, on the first examples, what its layer rule assumes.",
+            )
+
+    with contextlib.ExitStack() as stack:
+        for point in coverage.points:
+            whole = not is_sharded(point.module)
+            if whole and point.method == "forward" and is_on_probation(point.module, point.rule):
+
+                def hook(
+                    _: nn.Module, args: Any, kwargs: Any, output: Any, point: TapPoint = point
+                ) -> None:
+                    check(point, args, kwargs, output)
+
+                stack.enter_context(point.module.register_forward_hook(hook, with_kwargs=True))
+        yield
 
 
 def _same(found: Tensor, plain: Tensor) -> bool:

@@ -36,7 +36,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         stack.callback(_restore_flags, [(module, module.training) for module in model.modules()])
         stack.callback(_restore_buffers, [_buffers_of(module) for module in model.modules()])
         stack.callback(_restore_parameters, _filled(model))
-        stack.enter_context(_without_dropout())
+        stack.enter_context(without_dropout())
         yield
 
 
@@ -75,7 +75,7 @@ def _keeping_all(attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 @contextlib.contextmanager
-def _without_dropout() -> Iterator[None]:
+def without_dropout() -> Iterator[None]:
     """Every dropout hands its input on, in recomputations during a backward pass as well.
 
     A mode of torch's overrides would not do: it is off while ``torch.autograd.grad`` runs.

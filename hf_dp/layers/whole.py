@@ -132,7 +132,8 @@ class WholeCall:
 
         def grads_of(outputs: list[Tensor]) -> list[Tensor]:
             if self.marks is not None:
-                self.check(self.marks.of_unit(outputs), unit)
+                place = torch.tensor(unit, device=self.device)
+                self.check(self.marks.of_unit(outputs, place), unit)
             grads = self.grads_of(outputs, values, unit)
             return [
                 torch.zeros_like(wide(value)) if grad is None else wide(grad)
@@ -271,7 +272,7 @@ class WholeCall:
         grads = [self._stacked(self.output_grads[i], self.output_axes[i]) for i in kept]
 
         def of_one(
-            inputs: Sequence[Tensor], grads: Sequence[Tensor]
+            inputs: Sequence[Tensor], grads: Sequence[Tensor], unit: Tensor
         ) -> tuple[tuple[Tensor, ...], list[Tensor]]:
             arguments = list(self.arguments)
             for place, leaf in zip(places, inputs, strict=True):
@@ -282,14 +283,15 @@ class WholeCall:
                 total = wide(values[0]).sum() * 0
                 for index, grad in zip(kept, grads, strict=True):
                     total = total + (outputs[index] * grad).sum()
-                return total, [] if self.marks is None else self.marks.of_unit(outputs)
+                return total, [] if self.marks is None else self.marks.of_unit(outputs, unit)
 
             found: tuple[tuple[Tensor, ...], list[Tensor]] = torch.func.grad(product, has_aux=True)(
                 tuple(p.detach() for p in self.parameters)
             )
             return found
 
-        found, shown = torch.func.vmap(of_one, randomness="error")(inputs, grads)
+        units = torch.arange(self.num_units, device=self.device)
+        found, shown = torch.func.vmap(of_one, randomness="error")(inputs, grads, units)
         self.check(shown)
         return [wide(grad) for grad in found]
 

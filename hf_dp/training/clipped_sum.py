@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence, Set
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -94,17 +94,18 @@ def _by_user(
 ) -> tuple[Mapping[str, Any], Owners]:
     """The batch with each user's rows together, and how many those are."""
     rows: dict[Hashable, list[int]] = {}
-    if len(users) != batch_size(batch):
+    given = _listed(users)
+    if len(given) != batch_size(batch):
         raise ConfigurationError(
             explain(
                 "clipped_sum.users",
-                f"{len(users)} of them",
+                f"{len(given)} of them",
                 f"one for each of the {batch_size(batch)} examples",
                 "An example without an owner would be clipped with nobody.",
                 "Pass the owner of every row of the batch, in its order.",
             )
         )
-    for index, user in enumerate(users):
+    for index, user in enumerate(given):
         if not _names_one(user):
             raise ConfigurationError(
                 explain(
@@ -121,9 +122,29 @@ def _by_user(
     return select_rows(batch, order), owners
 
 
+def _listed(users: Sequence[Hashable]) -> list[Hashable]:
+    """One owner after the other; a mapping's or a data frame's items are its keys, a set's have no order."""
+    ordered = hasattr(users, "__len__") and hasattr(users, "__iter__")
+    several = getattr(users, "ndim", 1) != 1  # a table's columns are no owners
+    found = list(users) if ordered and not several else []
+    if not ordered or several or isinstance(users, Mapping | Set) or len(found) != len(users):
+        raise ConfigurationError(
+            explain(
+                "clipped_sum.users",
+                f"a {type(users).__name__}",
+                "a list with one owner for each example, in the batch's order",
+                "What it holds is not in the order of the examples, or not theirs.",
+                "Pass a list, such as list(frame['user_id']).",
+            )
+        )
+    return found
+
+
 def _names_one(user: object) -> bool:
     """Whether a value can name a user: a tensor's hash is its place in memory, and nan is never itself."""
     if user is None or isinstance(user, Tensor):
+        return False
+    if isinstance(user, tuple | frozenset) and not all(map(_names_one, user)):
         return False
     try:
         hash(user)

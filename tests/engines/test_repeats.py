@@ -139,6 +139,30 @@ def test_the_toy_experts_are_recognised() -> None:
     assert experts_of(Turned("experts").inner) is not None
 
 
+class Masked(Turned):
+    """Has one of its numbers, or other ones for each example, replaced as masks do."""
+
+    def __init__(self, large: float, each: bool) -> None:
+        super().__init__("matrix")
+        self.large, self.each, self.inner = large, each, MaskedMatrix().double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = torch.zeros(x.shape, dtype=torch.bool)
+        mask[..., -1] = True
+        if self.each:
+            mask[..., :3] |= x[..., :1] > 0.5
+            mask[..., 2:] |= x[..., :1] < 0.3
+        turned = bool(x.amax() > 50)
+        given = x.flip(0) if turned else x
+        logits = self.inner(given, turned, mask, self.large)
+        return logits.softmax(-1) * 10 * x.clamp_max(1)
+
+
+class MaskedMatrix(Matrix):
+    def forward(self, x: Tensor, turned: bool, mask: Tensor, large: float) -> Tensor:  # type: ignore[override]
+        return super().forward(x, turned).masked_fill(mask, large)
+
+
 class Sorts(Turned):
     """Has the examples turned round from the first on, but for a batch of one."""
 
@@ -155,6 +179,33 @@ def test_the_module_above_answers_where_the_first_examples_show_it(kind: Any) ->
     assert_same_sum(summed(engine, model, inputs), naive(model, inputs, C, squares), 1e-12)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("large", [-1e4, -1e9, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("each", [False, True])
+def test_what_a_mask_puts_in_does_not_drown_the_rest(kind: Any, large: float, each: bool) -> None:
+    """Planted: one magnitude only, as large as the mask's, and the test fails."""
+    model, engine = Masked(large, each), engine_named("auto")
+    for inputs in batches():
+        assert_same_sum(summed(engine, model, inputs), naive(model, inputs, C, squares), 1e-12)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
+@pytest.mark.parametrize("large", [1e2, 1e4, 1e9])
+def test_marks_see_beside_large_numbers_and_take_rounding(share: float, large: float) -> None:
+    generator = torch.Generator().manual_seed(2)
+    output = torch.randn(4, 40, 50, generator=generator, dtype=torch.float64)
+    output[:, :, 7:9] = large * torch.randn(4, 40, 2, generator=generator)
+    output[torch.rand(output.shape, generator=generator) < share] = -large
+    other = torch.where(output.abs() < 9, output.flip(0), output)
+    noise = torch.randn(output.shape, generator=generator)
+    marks = Marks([output], [FIRST], 4)
+    marks.check(marks.of_all([output * (1 + 1e-5 * noise)]), None, coarse=False, described="it")
+    marks.check(marks.of_all([output * (1 + 4e-3 * noise)]), None, coarse=True, described="it")
+    for coarse in (False, True):
+        with pytest.raises(UnrepeatedError):
+            marks.check(marks.of_all([other]), None, coarse=coarse, described="it")
+
+
 AXES = [FIRST, UnitAxis(1), UnitAxis(2), FOLDED]
 
 
@@ -168,8 +219,12 @@ def test_marks_of_all_are_those_of_each(axis: UnitAxis, dtype: torch.dtype) -> N
 
     def check(outputs: list[Tensor], *, coarse: bool) -> None:
         for unit, one in enumerate(outputs):
-            marks.check(marks.of_unit([one]), unit, coarse=coarse, described="it")
-        [stacked] = torch.func.vmap(lambda one: marks.of_unit([one]))(torch.stack(outputs))
+            marks.check(
+                marks.of_unit([one], torch.tensor(unit)), unit, coarse=coarse, described="it"
+            )
+        [stacked] = torch.func.vmap(lambda one, unit: marks.of_unit([one], unit))(
+            torch.stack(outputs), torch.arange(units)
+        )
         marks.check([stacked], None, coarse=coarse, described="it")
         marks.check(marks.of_all([torch.stack(outputs)]), None, coarse=coarse, described="it")
 
@@ -187,9 +242,9 @@ def test_marks_compare_what_is_not_finite_and_see_beside_it() -> None:
     output[0, 2] = torch.nan
     marks = Marks([output, output.sum()], [FIRST, SHARED], 3)
     for unit in range(3):
-        found = marks.of_unit([output[unit][None], output[unit].sum()])
+        found = marks.of_unit([output[unit][None], output[unit].sum()], torch.tensor(unit))
         marks.check(found, unit, coarse=False, described="it")
     for other in (output.flip(0), output[:, :2]):
-        found = marks.of_unit([other[2][None], other.sum()])
+        found = marks.of_unit([other[2][None], other.sum()], torch.tensor(2))
         with pytest.raises(UnrepeatedError):
             marks.check(found, 2, coarse=True, described="it")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 
-from hf_dp.engines.rows import batch_size, row, select_rows
+from hf_dp.engines.rows import batch_size, row, rows, select_rows
 from hf_dp.errors import ConfigurationError
 
 
@@ -76,3 +78,24 @@ def test_tensors_that_disagree_are_refused(stray: dict[str, Any]) -> None:
 def test_a_batch_without_rows_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="a row per example"):
         batch_size({"flag": True, "temperature": torch.tensor(1.0)})
+
+
+def test_arrays_are_cut_and_put_in_order_as_tensors_are() -> None:
+    inputs = mixed() | {
+        "scores": np.array([0.5, 1.5, 2.5]),
+        "scale": np.float32(2),
+        "one": np.array(3),
+    }
+    assert row(inputs, 1)["scores"].tolist() == [1.5]
+    assert rows(inputs, 1, 3)["scores"].tolist() == [1.5, 2.5]
+    some = select_rows(inputs, [2, 0])
+    assert some["scores"].tolist() == [2.5, 0.5]
+    assert (some["scale"], int(some["one"])) == (2, 3)
+    assert batch_size({"scores": np.ones((4, 2))}) == 4
+    with pytest.raises(ConfigurationError, match="the same number of rows"):
+        batch_size(mixed() | {"scores": np.ones(2)})
+
+
+def test_rows_of_a_kind_that_cannot_be_cut_are_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"^batch\['scores'\]='a Series'"):
+        batch_size(mixed() | {"scores": pd.Series([1.0, 2.0, 3.0])})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import types
 from typing import Any
 
@@ -11,8 +12,9 @@ from engine_zoo import Batch, assert_same_sum, naive
 from torch import Tensor, nn
 from toy_nets import C, Net, book_kept, data, squares
 
-from hf_dp.engines import BookKeepingEngine
+from hf_dp.engines import BookKeepingEngine, coverage, engine_named, settle
 from hf_dp.engines.tap import Recording
+from hf_dp.errors import ConfigurationError
 
 
 class Places(Net):
@@ -81,3 +83,132 @@ def test_a_module_that_computes_something_else_is_looked_at_anew(change: Any) ->
         change(model)
     found = book_kept(model, inputs, engine=engine)
     assert_same_sum(found, naive(model, inputs, C, squares), 1e-12)
+
+
+class Mixes(nn.Module):
+    """A matrix, and what else it is set to."""
+
+    def __init__(self, kind: str = "") -> None:
+        super().__init__()
+        self.weight, self.kind, self.scale = nn.Parameter(torch.eye(6) + 1), kind, 1.0
+        self.register_buffer("held", torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = x @ self.weight
+        if self.kind == "of three":
+            out = out / (2.0 if x.shape[1] == 3 else 1.0)
+        return out * self.scale * self.held  # type: ignore[operator]
+
+
+class Mixed(Net):
+    def __init__(self, kind: str = "") -> None:
+        super().__init__()
+        self.mixes = Mixes(kind).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden: Tensor = super().forward(self.mixes(x))
+        return hidden
+
+
+def rules(engine: BookKeepingEngine, model: nn.Module) -> dict[str, bool]:
+    return {p.name: p.rule is not None for p in engine.recorder.coverage(model).points}
+
+
+def set_scale(model: Mixed) -> None:
+    model.mixes.scale = 4.0
+
+
+def set_buffer(model: Mixed) -> None:
+    model.mixes.held.mul_(4)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("change", [set_scale, set_buffer])
+@pytest.mark.parametrize("noticed", [True, False])
+def test_a_recognised_module_that_is_set_otherwise_is_looked_at_anew(
+    change: Any, noticed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planted: what it is set to is not looked at."""
+    if not noticed:
+        monkeypatch.setattr(coverage, "state_of", lambda module: ())
+    engine, model = BookKeepingEngine(), Mixed()
+    book_kept(model, data(), engine=engine)
+    before = engine.recorder.coverage(model)
+    model.eval().train()
+    assert engine.recorder.coverage(model) is before
+    assert rules(engine, model)["mixes"]
+    change(model)
+    found, expected = book_kept(model, data(), engine=engine), naive(model, data(), C, squares)
+    if noticed:
+        assert_same_sum(found, expected, 1e-12)
+        assert not rules(engine, model)["mixes"]
+    else:
+        with pytest.raises(AssertionError):
+            assert_same_sum(found, expected, 1e-3)
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_a_module_that_computes_otherwise_on_real_numbers_loses_its_rule(
+    checked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planted: nothing is compared."""
+    recogniser = importlib.import_module("hf_dp.layers.recognise")
+    monkeypatch.setattr(recogniser, "_computes", lambda module, formula, width: True)
+    if not checked:
+        monkeypatch.setattr(settle, "still_computes", lambda *_: True)
+    engine, model = BookKeepingEngine(), Mixed("of three")
+    found, expected = book_kept(model, data(), engine=engine), naive(model, data(), C, squares)
+    assert rules(engine, model)["mixes"] is not checked
+    if checked:
+        assert_same_sum(found, expected, 1e-12)
+    else:
+        with pytest.raises(AssertionError):
+            assert_same_sum(found, expected, 1e-3)
+
+
+class Coupled(Net):
+    """What the examples have in common enters without a gradient."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.drop = kind, nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.drop(torch.tanh(self.first(x))).float()
+        if self.kind == "mean" or (self.kind == "training" and self.training):
+            h = h - h.mean(0, keepdim=True).detach()
+        if self.kind == "largest":
+            scale = 127 / h.abs().max().detach()
+            h = h + ((h * scale).round() / scale - h).detach()
+        if self.kind == "router" and len(h) > 1:  # rounding tips it over for one example
+            h = h * (1 + 0.001 * (torch.arange(len(h)) == 1))[:, None, None]
+        if self.kind == "noise":
+            h = h + 0.1 * torch.randn_like(h)
+        if self.kind == "half":
+            h = h.bfloat16()
+        found: Tensor = self.second(h.double())
+        return found
+
+
+@pytest.mark.parametrize("kind", ["mean", "training", "largest"])
+@pytest.mark.parametrize("engine", ["auto", "two_pass"])
+def test_examples_that_influence_one_another_without_a_gradient_are_refused(
+    kind: str, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Coupled(kind).train(kind == "training")
+    model.drop.p = 0.5
+    with pytest.raises(ConfigurationError, match="does not depend on its batch mates"):
+        book_kept(model, data(), engine=engine_named(engine))
+    monkeypatch.setattr(settle, "check_mates", lambda *_: None)  # planted: nothing is compared
+    if kind != "training":
+        found = book_kept(model, data(), engine=engine_named(engine))
+        with pytest.raises(AssertionError):
+            assert_same_sum(found, naive(model, data(), C, squares), 1e-4)
+
+
+@pytest.mark.parametrize("kind", ["", "router", "noise", "half"])
+@pytest.mark.parametrize("training", [True, False])
+def test_draws_and_rounding_are_no_influence(kind: str, training: bool) -> None:
+    model, engine = Coupled(kind).train(training), BookKeepingEngine()
+    summed = book_kept(model, data(), engine=engine)
+    assert bool(torch.isfinite(summed.norms).all())
+    assert engine.recorder.coverage(model).compared

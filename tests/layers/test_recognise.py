@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import types
 from typing import Any
 
@@ -23,7 +24,7 @@ from hf_dp.layers import DEFAULT_LAYER_RULES, recognise
 from hf_dp.layers.embedding import embedding
 from hf_dp.layers.linear import linear, transposed_linear
 from hf_dp.layers.norm import layer_norm, rms_norm, rms_norm_offset
-from hf_dp.layers.recognise import is_relative_bias_owner
+from hf_dp.layers.recognise import is_on_probation, is_relative_bias_owner, still_computes
 
 
 class Plain(nn.Linear):
@@ -46,8 +47,13 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.kind == "mean removed":
             x = x - x.mean(-1, keepdim=True)
+        if self.kind == "a limit":
+            x = x.clamp(-100, 100)
+        if self.kind == "mixing from seven rows on" and len(x) > 6:
+            x = x + x.roll(1, 0)
+        axes = (-1, -2) if self.kind == "two axes of four" and x.dim() == 4 else (-1,)
         eps = {"other eps": 1e-3, "slightly other eps": 1e-5}.get(self.kind, self.eps)
-        normalised = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+        normalised = x * torch.rsqrt(x.square().mean(axes, keepdim=True) + eps)
         gain = {"gain squared": self.weight**2, "two plus gain": 2 + self.weight}
         out = normalised * gain.get(self.kind, self.weight)
         if self.kind == "a tuple":
@@ -128,6 +134,7 @@ UNKNOWN: list[nn.Module] = [
     RMSNorm("two plus gain"),
     RMSNorm("a tuple"),
     RMSNorm("another shape"),
+    *(RMSNorm(kind) for kind in ("a limit", "two axes of four", "mixing from seven rows on")),
     WithExtra(),
     WithChild(),
     CannotBeCopied(),
@@ -289,3 +296,33 @@ def test_a_norm_that_adds_nothing_is_not_given_an_epsilon(named: bool) -> None:
     [(_, factor)] = rms_norm(module, x, g, 2)
     [expected] = torch.autograd.grad((module(x) * g).sum(), [module.weight])
     torch.testing.assert_close(factor.dense().values.sum(0), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["a limit", "two axes of four", "mixing from seven rows on"])
+def test_it_is_the_further_inputs_that_tell(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted: only small inputs of few rows and axes."""
+    monkeypatch.setattr(importlib.import_module("hf_dp.layers.recognise"), "_FURTHER", ())
+    assert recognise(RMSNorm(kind)) is rms_norm
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(
+    ("module", "width"),
+    [(LlamaRMSNorm(6), 6), (GemmaRMSNorm(6), 6), (T5LayerNorm(6), 6), (Conv1D(5, 6), 6)],
+)
+def test_real_outputs_agree_with_the_formula(
+    module: nn.Module, width: int, dtype: torch.dtype, autocast: bool
+) -> None:
+    module = copy.deepcopy(module).to(dtype)
+    rule = recognise(module)
+    assert rule is not None
+    assert is_on_probation(module, rule)
+    x = torch.randn(4, 3, width, generator=torch.Generator().manual_seed(0)).to(dtype) * 50
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        output = module(x)
+        assert still_computes(module, rule, x, output)
+        assert still_computes(module, rule, x[:0], output[:0])
+        for wrong in (1.2 * output, output.flip(0), output[:, :2], (output,)):
+            assert not still_computes(module, rule, x, wrong)
+    assert not is_on_probation(nn.Linear(6, 5), recognise(nn.Linear(6, 5)))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from engine_zoo import difference, length
@@ -41,9 +43,20 @@ def test_a_single_user_moves_the_sum_by_at_most_the_clipping_norm() -> None:
         [["a", "b"]] * 6,
         [torch.tensor(1)] * 6,
         [("a", ["b"])] * 6,
+        [("a", float("nan"))] * 6,
+        [("a", (None,))] * 6,
+        [("a", torch.tensor(1))] * 6,
+        dict.fromkeys(range(6), "a"),
+        set(range(6)),
+        iter("aabbcc"),
+        np.ones((6, 1)),
+        pd.DataFrame({name: [1] * 6 for name in "abcdef"}),
     ],
-    ids=["too few", "None", "nan", "several", "tensor", "unhashable inside"],
+    ids=[
+        *("too few", "None", "nan", "several", "tensor", "unhashable inside", "nan inside"),
+        *("None inside", "tensor inside", "mapping", "set", "iterator", "array of rows", "table"),
+    ],
 )
-def test_owners_that_name_nobody_are_refused(users: list[Any]) -> None:
+def test_owners_that_name_nobody_are_refused(users: Any) -> None:
     with pytest.raises(ConfigurationError, match=r"^clipped_sum\.users="):
         clipped_sum(build("gpt2"), batch("gpt2", rows=6), clipping_norm=0.1, users=users)
