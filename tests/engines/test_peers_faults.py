@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from toy_nets import C, Net, book_kept, data, squares
 
 from hf_dp.clipping import FlatClipping
-from hf_dp.engines import BookKeepingEngine, SequentialEngine, engine_named
+from hf_dp.engines import BookKeepingEngine, SequentialEngine, engine_named, settle
+from hf_dp.errors import ConfigurationError
 from hf_dp.sums import ClippedSum
 
 
@@ -65,7 +66,7 @@ def test_a_long_example_does_not_rescale_the_short_ones(engine: str) -> None:
     assert change == pytest.approx(moved(lambda i: naive(model, i, bound)), rel=1e-4)
 
 
-def test_a_loss_over_the_batchs_tokens_would_be_seen() -> None:
+def test_a_loss_over_the_batchs_tokens_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The fault of the test above, planted: then the long example moves all the others."""
     model, inputs = long_and_short()
 
@@ -73,6 +74,9 @@ def test_a_loss_over_the_batchs_tokens_would_be_seen() -> None:
         tokens = (inputs["labels"][:, 1:] != -100).sum(1)
         return own_losses(model, inputs) * tokens * len(tokens) / tokens.sum()
 
+    with pytest.raises(ConfigurationError, match="batch mates"):
+        book_kept(model, inputs, over_all_tokens)
+    monkeypatch.setattr(settle, "check_mates", lambda *_: None)
     bound = 1.01 * float(naive(model, inputs, 1.0).norms.max())
     rest = {key: value[:31] for key, value in inputs.items()}
     whole, others = (
