@@ -186,10 +186,12 @@ def _length(rows: Tensor) -> Tensor:
 def _weights(units: int, losses: Tensor) -> Iterator[Tensor]:
     """Powers of two, ``(B,)`` a pass, that are different for any two units in some pass."""
     levels = _FEW_LEVELS if _coarsest(losses) == torch.float16 else _LEVELS
+    # Few units are spread as widely: what bounds gradients of a whole batch together then shows.
+    step = max(1, (levels - 1) * 2 // 3 // (units - 1))
     numbers = list(range(units))
     random.SystemRandom().shuffle(numbers)
     while any(numbers):
-        exponents = torch.tensor([float(number % levels) for number in numbers])
+        exponents = torch.tensor([float(step * (number % levels)) for number in numbers])
         yield torch.exp2(exponents.double()).to(losses)
         numbers = [number // levels for number in numbers]
 

@@ -32,6 +32,7 @@ from hf_dp.engines.rows import batch_size
 from hf_dp.engines.sequential import SequentialEngine
 from hf_dp.engines.sharded import refuse_sharded
 from hf_dp.engines.shares import Shares, cancelling
+from hf_dp.engines.taken_out import without_dropped
 from hf_dp.layers.base import LayerRules
 from hf_dp.layers.recognise import DEFAULT_LAYER_RULES
 from hf_dp.layers.repeats import UnrepeatedError
@@ -65,16 +66,21 @@ class BookKeepingEngine(GradientEngine):
             return empty_sum(model, loss_release)
         why = "It answers for layers whose parameters have gone back into shards."
         refuse_sharded(model, self.name, why)
+        options = {
+            "example_loss": example_loss,
+            "clipping": clipping,
+            "loss_release": loss_release,
+        }
+
+        def again(rows: Mapping[str, Any], owned: Owners | None) -> ClippedSum:
+            return self.clipped_sum(model, rows, **options, owners=owned)  # type: ignore[arg-type]
+
         with contextlib.suppress(UnprovedError, UnrepeatedError):
-            return self._clipped_sum(model, inputs, example_loss, clipping, loss_release, owners)
-        return SequentialEngine().clipped_sum(
-            model,
-            inputs,
-            example_loss=example_loss,
-            clipping=clipping,
-            loss_release=loss_release,
-            owners=owners,
-        )
+            summed, dropped = self._clipped_sum(
+                model, inputs, example_loss, clipping, loss_release, owners
+            )
+            return without_dropped(summed, inputs, owners, again) if dropped else summed
+        return SequentialEngine().clipped_sum(model, inputs, **options, owners=owners)  # type: ignore[arg-type]
 
     def _clipped_sum(
         self,
@@ -84,7 +90,8 @@ class BookKeepingEngine(GradientEngine):
         clipping: ClippingPolicy,
         loss_release: LossRelease | None,
         owners: Owners | None,
-    ) -> ClippedSum:
+    ) -> tuple[ClippedSum, bool]:
+        """The sum, and whether some unit was dropped."""
         books = Books()
         with self.recorder.forward(model, inputs, example_loss, owners) as passed:
             passed.backward(books.add, on_group=books.add_group)
@@ -106,9 +113,10 @@ class BookKeepingEngine(GradientEngine):
             shapes = {name: parameter.shape for name, parameter in parameters.items()}
             found = books.sums(policy.weights(norms.squared), shapes, shares)
             grads = sums_of_all(parameters, found)
-        return ClippedSum(
+        summed = ClippedSum(
             grads=grads,
             norms=total.sqrt(),
             losses=losses,
             loss_sum=released_losses(losses, dropped, clipping, loss_release),
         )
+        return summed, shares is not None and bool(dropped.any())

@@ -9,12 +9,23 @@ example, does not matter.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from hf_dp.engines.moving import Shape, Sized, arranges, hides_units, is_moving, shapes_of, turned
+from hf_dp.engines.moving import (
+    Shape,
+    Sized,
+    arranges,
+    hides_units,
+    is_moving,
+    may_broadcast,
+    meets,
+    shapes_of,
+    turned,
+)
 from hf_dp.layers.base import UnitAxis
 
 # Which of these a reshape becomes depends on strides and on who is looking.
@@ -22,9 +33,11 @@ _RESHAPING = frozenset(
     {"ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "CloneBackward0"}
 )
 
-_KINDS: dict[type, bool] = {}  # kind of node -> whether it may put rows elsewhere
+# kind of node -> whether it may put rows elsewhere, and whether it may broadcast
+_KINDS: dict[type, tuple[bool, bool]] = {}
 
 Kinds = tuple[frozenset[type], tuple[tuple[int, ...], ...]]
+Free = tuple[bool, ...] | None  # of each axis; None if that is not known
 
 
 class Graph:
@@ -35,64 +48,114 @@ class Graph:
         kinds: The kinds of nodes, outside modules that are run again for each example, and how axes
             of examples were turned: what a proof for one graph says of another one depends on it.
         by_content: Whether rows may have been arranged by what they hold.
+        known: Whether twins were there that show which axes grow.
     """
 
-    def __init__(self, losses: Tensor, num_units: int, twin: Graph | None = None) -> None:
+    def __init__(self, losses: Tensor, num_units: int, twins: Sequence[Twins] = ()) -> None:
         """Walk the graph of `losses`, ``(B,)``.
 
         Args:
             losses: With their graph.
             num_units: B.
-            twin: The same model's, of another number of examples. It shows which axes grow with the
-                batch, and which are only as long by coincidence.
+            twins: Pairs of graphs of the same model. One with the same nodes shows which axes grow with
+                the batch; without it, any axis that is long enough may have the examples.
         """
         self.num_units = num_units
         seen = set()
         moving: list[Any] = []
         hiding: list[Any] = []
+        self._met: list[tuple[Shape, Shape]] = []  # what came out of a broadcast, and what went in
         for node in _nodes(losses):
             kind = type(node)
             seen.add(kind)
             if kind not in _KINDS:
-                _KINDS[kind] = is_moving(kind)
-            if _KINDS[kind]:
+                _KINDS[kind] = is_moving(kind), may_broadcast(kind)
+            moves, broadcasts = _KINDS[kind]
+            if moves:
                 moving.append(node)
+            elif broadcasts:
+                self._met += _broadcasts(node)
             elif kind.__name__ in _RESHAPING and hides_units(node, num_units):
                 hiding.append(node)
         self._order = [type(node) for node in moving]
         self._shapes = [shapes_of(node) for node in moving]
+        self.known = False
         self.by_content, turns = _broadcast(losses, hiding), []
-        for node, tensors in zip(moving, self._sized(twin), strict=True):
+        free, free_met = self._free(twins)
+        for node, shapes, frees in zip(moving, self._shapes, free, strict=True):
+            tensors = [self._sized(*pair) for pair in zip(shapes, frees, strict=True)]
             self.by_content = self.by_content or arranges(node, tensors)
             turn = turned(node, tensors)
             if turn is not None:
                 turns.append(turn.order)
                 self.by_content = self.by_content or turn.ambiguous
+        for (out, given), (out_free, given_free) in zip(self._met, free_met, strict=True):
+            tensors = [self._sized(out, out_free), self._sized(given, given_free)]
+            self.by_content = self.by_content or meets(*tensors)  # type: ignore[arg-type]
         named = frozenset(kind for kind in seen if kind.__name__ not in _RESHAPING)
         self.kinds: Kinds = (named, tuple(turns))
 
-    def _sized(self, twin: Graph | None) -> Iterator[list[Sized | None]]:
-        if twin is None or twin.num_units == self.num_units or twin._order != self._order:
-            for shapes in self._shapes:
-                yield [_sized(shape, self.num_units) for shape in shapes]
-            return
-        for shapes, others in zip(self._shapes, twin._shapes, strict=True):
-            alike = len(others) == len(shapes)
-            yield [
-                _sized(shape, self.num_units, other, twin.num_units)
-                for shape, other in zip(
-                    shapes, others if alike else [None] * len(shapes), strict=True
-                )
-            ]
+    def _sized(self, shape: Shape | None, free: Free) -> Sized | None:
+        return None if shape is None else Sized(shape, self.num_units, free)
+
+    def _free(self, twins: Sequence[Twins]) -> tuple[list[list[Free]], list[tuple[Free, Free]]]:
+        """For each tensor of each node that may move rows, and of each broadcast: its axes without units."""
+        for pair in twins:
+            if self.is_like(pair.few):
+                self.known = True
+                return pair.moved, pair.met
+        self.known = not self._order and not self._met
+        return [[None] * len(shapes) for shapes in self._shapes], [(None, None)] * len(self._met)
+
+    def is_like(self, other: Graph) -> bool:
+        """Whether both have the same nodes that may move rows, and the same broadcasts."""
+        return (
+            self._order == other._order
+            and [len(shapes) for shapes in self._shapes] == [len(s) for s in other._shapes]
+            and [_ranks(pair) for pair in self._met] == [_ranks(pair) for pair in other._met]
+        )
 
 
-def _sized(
-    shape: Shape | None, num_units: int, other: Shape | None = None, other_units: int = 0
-) -> Sized | None:
-    if shape is None:
+@contextlib.contextmanager
+def hooks_on_gradients() -> Iterator[list[None]]:
+    """Note every hook that is put on a tensor's gradient: it may do anything, and is in no graph.
+
+    Yields:
+        A list with an entry for each.
+    """
+    found: list[None] = []
+    original: Any = Tensor.register_hook
+
+    def noted(self: Tensor, hook: Any) -> Any:
+        found.append(None)
+        return original(self, hook)
+
+    Tensor.register_hook = noted  # type: ignore[method-assign]
+    try:
+        yield found
+    finally:
+        Tensor.register_hook = original  # type: ignore[method-assign]
+
+
+def _ranks(pair: tuple[Shape, Shape]) -> tuple[int, int]:
+    return len(pair[0]), len(pair[1])
+
+
+def _alike(one: Shape | None, other: Shape | None) -> Free:
+    """Which axes are as long in both."""
+    if one is None or other is None or len(one) != len(other):
         return None
-    fits = other is not None and len(other) == len(shape)
-    return Sized(shape, num_units, other if fits else None, other_units)
+    return tuple(a == b for a, b in zip(one, other, strict=True))
+
+
+def _broadcasts(node: Any) -> Iterator[tuple[Shape, Shape]]:
+    """The node's shape next to each other shape that it was given."""
+    out = node._input_metadata[0].shape
+    for after, place in node.next_functions:
+        if after is not None and len(after._input_metadata) > place:
+            given = after._input_metadata[place].shape
+            if given != out:
+                yield tuple(out), tuple(given)
 
 
 def _broadcast(losses: Tensor, hiding: list[Any]) -> bool:
@@ -126,3 +189,25 @@ def _before(node: Any) -> list[Any]:
     if noted is not None and not isinstance(noted[2], UnitAxis):
         return list(node.given)  # over what is inside the module
     return [after for after, _ in node.next_functions]
+
+
+class Twins:
+    """Graphs of the same inputs, with a different number of examples: what is as long in both has none.
+
+    Attributes:
+        few: One of the graphs.
+        moved: Of each tensor of each node that may move rows, the axes that are as long in both.
+        met: Of what came out of each broadcast, and of what went in, likewise.
+    """
+
+    def __init__(self, few: Graph, more: Graph) -> None:
+        """Compare two graphs that are alike."""
+        self.few = few
+        self.moved = [
+            [_alike(*pair) for pair in zip(*shapes, strict=True)]
+            for shapes in zip(few._shapes, more._shapes, strict=True)
+        ]
+        self.met = [
+            (_alike(one[0], other[0]), _alike(one[1], other[1]))
+            for one, other in zip(few._met, more._met, strict=True)
+        ]

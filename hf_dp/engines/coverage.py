@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_dp.engines.base import trainable_parameters
-from hf_dp.engines.by_content import Graph, Kinds
+from hf_dp.engines.by_content import Kinds, Twins
 from hf_dp.engines.sharded import unsharded, whole_parameter
 from hf_dp.errors import UncoveredParameterError
 from hf_dp.layers.base import LayerRule, LayerRules, UnitAxis
@@ -128,7 +128,9 @@ class Coverage:
         axes: Module name -> kind of call -> where it has the examples; None until established.
         settled: Whether uses outside the taps were looked for.
         proved: The kinds of graphs in which rows were seen to be the examples' own.
-        twin: The graph of a batch of few.
+        twins: Pairs of graphs of few examples, which show what grows with the batch.
+        untold: Whether a graph came up that none of them is like.
+        looks: How often such a pair was sought.
         owners: The modules that own parameters, and what they do when they are called.
         compared: Whether examples among others were compared with the same alone.
         tried: The modules whose rules rest on what they were set to, and what that was.
@@ -141,7 +143,9 @@ class Coverage:
     axes: dict[str, dict[Hashable, Layout]] | None = None
     settled: bool = False
     proved: set[Kinds] = field(default_factory=set)
-    twin: Graph | None = None
+    twins: list[Twins] = field(default_factory=list)
+    untold: bool = False
+    looks: int = 0
     compared: bool = False
     owners: list[tuple[Any, ...]] = field(init=False)
     tried: list[tuple[nn.Module, State]] = field(init=False)

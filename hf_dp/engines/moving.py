@@ -62,6 +62,15 @@ _HARMLESS_PACKAGES = (
     *("hf_dp.engines.tap", "hf_dp.training.reductions"),
 )
 
+_MEETING = frozenset(
+    f"{name}Backward"
+    for name in (
+        *("Add", "Sub", "Rsub", "Mul", "Div", "Pow", "Maximum", "Minimum", "Fmod", "Remainder"),
+        *("Lerp", "Addcmul", "Addcdiv", "Where", "MaskedFill", "Atan2", "Xlogy", "Logaddexp"),
+        *("Copy", "Complex", "Polar", "Clamp"),
+    )
+)
+
 Shape = tuple[int, ...]
 
 
@@ -70,7 +79,7 @@ def is_moving(kind: type) -> bool:
     if issubclass(kind, torch.autograd.function.BackwardCFunction):
         package = getattr(kind, "_forward_cls", kind).__module__  # of the function it belongs to
         return not package.startswith(_HARMLESS_PACKAGES)
-    return kind.__name__ not in _STAYING and not kind.__name__.startswith(_FILLING)
+    return kind.__name__ not in _STAYING
 
 
 def hides_units(node: Any, num_units: int) -> bool:
@@ -93,58 +102,73 @@ def _is_windowed(name: str) -> bool:
 
 
 def shapes_of(node: Any) -> list[Shape | None]:
-    """The shapes of what went in, where it has a graph; of what came out where pieces are joined."""
+    """The shapes of what went in, where it has a graph; also of what came out where pieces are joined."""
     name = type(node).__name__
-    if "Cat" in name or "Stack" in name:
-        return [tuple(metadata.shape) for metadata in node._input_metadata]
-    return [
+    came_out = [tuple(metadata.shape) for metadata in node._input_metadata]
+    if "Stack" in name:
+        return list(came_out)
+    went_in = [
         tuple(after._input_metadata[place].shape)
         if after is not None and len(after._input_metadata) > place
         else None
         for after, place in node.next_functions
     ]
+    return [*went_in, *came_out] if "Cat" in name else went_in
+
+
+def may_broadcast(kind: type) -> bool:
+    """Whether nodes of this kind take several tensors, which need not have one shape."""
+    return kind.__name__.rstrip("0123456789") in _MEETING
 
 
 @dataclass(frozen=True)
 class Sized:
-    """A tensor's shape in a batch of B, and the same tensor's in a batch of another size.
+    """A tensor's shape in a batch of B, and which of its axes do not grow with the batch.
 
     Attributes:
         shape: Its shape.
         num_units: B.
-        other: Its shape in the other batch; None if that is not known.
-        other_units: How many that batch has.
+        free: Whether each axis was as long in two batches of the same inputs that differed in the
+            number of examples alone; None if that is not known.
     """
 
     shape: Shape
     num_units: int
-    other: Shape | None = None
-    other_units: int = 0
+    free: tuple[bool, ...] | None = None
 
     def has_units(self, axis: int) -> bool:
-        """Whether an axis may have the examples, or rows of them folded together."""
+        """Whether an axis may have the examples, or rows of them folded together.
+
+        Of B examples an axis has all, and so a multiple of B rows, until something cuts or joins along
+        it, which is seen where it does so. Apart from that only a length that did not grow with the
+        batch shows that an axis has none: that it does not grow now could be by coincidence.
+        """
         if axis >= len(self.shape):
             return True
-        length = self.shape[axis]
-        if length % self.num_units or not self._may_grow(axis):
+        if self.shape[axis] % self.num_units:
             return False
-        if axis == 0 or length == self.num_units:
-            return True
-        return not any(self._grows(place) for place in range(len(self.shape)) if place != axis)
+        return self.free is None or not self.free[axis]
 
-    def _may_grow(self, axis: int) -> bool:
-        """Whether the other batch leaves it possible that the axis grows with the batch."""
-        if self.other is None:
-            return True
-        other = self.other[axis]
-        return other % self.other_units == 0 and other != self.shape[axis]
+    @property
+    def all_free(self) -> bool:
+        """Whether no axis may have the examples."""
+        return not any(self.has_units(axis) for axis in range(len(self.shape)))
 
-    def _grows(self, axis: int) -> bool:
-        """Whether an axis is taken to be the one that has the examples."""
-        length = self.shape[axis]
-        if length != self.num_units and (axis or length % self.num_units):
-            return False
-        return self.other is None or self.other[axis] * self.num_units == length * self.other_units
+
+def meets(out: Sized, given: Sized) -> bool:
+    """Whether broadcasting puts an axis that may have the examples elsewhere, or repeats it along one.
+
+    Args:
+        out: What a function of numbers in the same place gave.
+        given: One of those that it was given.
+    """
+    lead = len(out.shape) - len(given.shape)
+    if lead > 0:
+        return not given.all_free
+    return any(
+        given.shape[axis] == 1 and out.shape[axis] != 1 and out.has_units(axis)
+        for axis in range(len(out.shape))
+    )
 
 
 def arranges(node: Any, tensors: Sequence[Sized | None]) -> bool:
@@ -167,6 +191,8 @@ def arranges(node: Any, tensors: Sequence[Sized | None]) -> bool:
     if name in _SHIFTING:
         return any(tensor.has_units(axis) for tensor in known for axis in _shifted(node, tensor))
     axes = list(_axes(node, tensors))
+    if known and not axes and name.startswith(_FILLING):
+        return False  # filled up by nothing
     if not axes or not known:
         return True
     return any(tensor is not None and tensor.has_units(axis) for tensor, axis in axes)
@@ -220,6 +246,12 @@ def _axes(node: Any, tensors: Sequence[Sized | None]) -> Iterator[tuple[Sized | 
             (tensor, len(tensor.shape) - 2) for tensor in tensors[1:3] if tensor is not None
         )
         yield None, 0
+    elif name.startswith(_FILLING):
+        widths = getattr(node, "_saved_pad", None) or getattr(node, "_saved_padding", None) or ()
+        padded = [place // 2 for place, width in enumerate(widths) if width]
+        yield from (
+            (t, len(t.shape) - 1 - axis) for t in tensors if t is not None for axis in padded
+        )
     elif _is_windowed(name) or hasattr(node, _NORMED):
         tensor = tensors[0] if tensors else None
         rank = 1 if tensor is None else len(tensor.shape)

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from hf_dp.engines.attach import recording
 from hf_dp.engines.attribution import prove
 from hf_dp.engines.base import ExampleLoss, checked_losses
-from hf_dp.engines.by_content import Graph
+from hf_dp.engines.by_content import Graph, hooks_on_gradients
 from hf_dp.engines.coverage import Coverage, NotTappableError, coverage_of
 from hf_dp.engines.owners import Owners
 from hf_dp.engines.precision import full_precision
 from hf_dp.engines.rows import batch_size
-from hf_dp.engines.settle import check_folds, settle
+from hf_dp.engines.settle import check_folds, learn_what_grows, settle
 from hf_dp.engines.sharded import Ranks, first_rows, is_sharded
 from hf_dp.engines.tap import Call, Recording, UsedOutsideError
 from hf_dp.engines.together import Alike, Group, Waiting
@@ -26,6 +26,7 @@ from hf_dp.engines.whole_tap import whole_call
 from hf_dp.errors import UncoveredParameterError
 from hf_dp.layers.base import FIRST, LayerRules
 from hf_dp.layers.factors import Factor, Vec, combine
+from hf_dp.layers.randomness import kept_randomness
 
 OnFactor = Callable[[str, Factor], None]
 """``on_factor(name, factor)`` takes the whole gradient of one parameter, for every unit."""
@@ -89,6 +90,9 @@ class Recorder:
         # all of a batch of one is the one's, so it does not show where the examples are
         if not coverage.settled or (coverage.axes is None and batch_size(inputs) > 1):
             settle(model, first_rows(model, inputs), coverage, example_loss)
+        elif coverage.untold and not is_sharded(model):  # the other ranks do not run it again
+            with kept_randomness(next(iter(coverage.parameters.values())).device):
+                learn_what_grows(model, inputs, coverage, example_loss)
         return coverage
 
 
@@ -102,22 +106,27 @@ def _run(
 ) -> Pass:
     num_units = batch_size(inputs)
     record = stack.enter_context(recording(coverage, num_units))
-    losses = checked_losses(example_loss(model, inputs), num_units)
+    with hooks_on_gradients() as hooks:
+        losses = checked_losses(example_loss(model, inputs), num_units)
     check_folds(record, inputs, num_units)
-    _prove(coverage, record, losses, Ranks(model))
+    _prove(coverage, record, losses, Ranks(model), always=bool(hooks))
     return Pass(coverage, record, losses, owners)
 
 
-def _prove(coverage: Coverage, record: Recording, losses: Tensor, ranks: Ranks) -> None:
+def _prove(
+    coverage: Coverage, record: Recording, losses: Tensor, ranks: Ranks, *, always: bool
+) -> None:
     """Prove whose row is whose: once for a kind of graph, always where content may arrange them."""
     if record.num_units == 1 or not losses.requires_grad:
         return
-    graph = Graph(losses, record.num_units, coverage.twin)
-    if not ranks.any(graph.by_content or graph.kinds not in coverage.proved):
+    graph = Graph(losses, record.num_units, coverage.twins)
+    coverage.untold = coverage.untold or not graph.known
+    always = always or graph.by_content
+    if not ranks.any(always or graph.kinds not in coverage.proved):
         return
     failed: UncoveredParameterError | None = None
     try:
-        if prove(record, losses, hidden=graph.by_content):
+        if prove(record, losses, hidden=always):
             coverage.proved.add(graph.kinds)
     except UncoveredParameterError as error:
         failed = error

@@ -13,7 +13,7 @@ from hf_dp.engines.attach import recording
 from hf_dp.engines.attribution import prove
 from hf_dp.engines.axes import establish_axes, unexplained
 from hf_dp.engines.base import ExampleLoss, checked_losses, is_out_of_memory
-from hf_dp.engines.by_content import Graph
+from hf_dp.engines.by_content import Graph, Twins
 from hf_dp.engines.coupling import check_mates
 from hf_dp.engines.coverage import Coverage, LayoutUnknownError, NotTappableError, TapPoint
 from hf_dp.engines.precision import full_precision
@@ -27,7 +27,8 @@ from hf_dp.layers.randomness import kept_randomness
 from hf_dp.layers.recognise import is_on_probation, still_computes
 from hf_dp.layers.repeats import UnrepeatedError
 
-_TWIN = 3  # examples; few batches have as many
+_TWINS = (2, 3)  # examples
+_MOST_LOOKS = 8  # a model that goes more ways than this is proved every time on those
 _UNCHANGED = 2e-2  # losses with and without taps: rounding in any dtype
 
 
@@ -73,7 +74,7 @@ def settle(
             check_mates(model, inputs, example_loss)
             coverage.compared = True
         if units > 1:
-            coverage.twin = _twin(model, inputs, coverage, example_loss)
+            learn_what_grows(model, inputs, coverage, example_loss)
     coverage.settled = True
 
 
@@ -102,18 +103,26 @@ def _climbed_in_trial(
     return False
 
 
-def _twin(
+def learn_what_grows(
     model: nn.Module, inputs: Mapping[str, Any], coverage: Coverage, example_loss: ExampleLoss
-) -> Graph | None:
-    """The graph of few examples, so that other batches' show what grows with them."""
-    units = batch_size(inputs)
-    few = select_rows(inputs, range(_TWIN if units > _TWIN else units - 1))
-    with recording(coverage, batch_size(few)) as record:
-        try:
-            losses = checked_losses(example_loss(model, few), record.num_units)
-        except RuntimeError:  # such a batch may be unlike those that were tried
-            return None
-        return Graph(losses, record.num_units)
+) -> None:
+    """Add graphs of two and of three examples, alike in all but their number, unless there are many."""
+    coverage.untold = False
+    if coverage.looks >= _MOST_LOOKS:
+        return
+    coverage.looks += 1
+    rows = [index % batch_size(inputs) for index in range(max(_TWINS))]
+    graphs = []
+    for units in _TWINS:
+        with (
+            recording(coverage, units),
+            contextlib.suppress(RuntimeError),  # such a batch may be unlike those that were tried
+        ):
+            few = select_rows(inputs, rows[:units])
+            losses = checked_losses(example_loss(model, few), units)
+            graphs.append(Graph(losses, units))
+    if len(graphs) == len(_TWINS) and graphs[0].is_like(graphs[1]):
+        coverage.twins.append(Twins(*graphs))
 
 
 def _climb_or_repeat(coverage: Coverage, error: NotTappableError) -> None:

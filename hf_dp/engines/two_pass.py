@@ -33,6 +33,7 @@ from hf_dp.engines.rows import batch_size
 from hf_dp.engines.sequential import SequentialEngine
 from hf_dp.engines.sharded import Ranks
 from hf_dp.engines.shares import Shares, cancelling, checked_shape
+from hf_dp.engines.taken_out import without_dropped
 from hf_dp.layers.base import LayerRules
 from hf_dp.layers.factors import Factor, Mat, wide
 from hf_dp.layers.recognise import DEFAULT_LAYER_RULES
@@ -71,18 +72,23 @@ class TwoPassEngine(GradientEngine):
         ranks.check_equal(batch_size(inputs))
         if batch_size(inputs) == 0:
             return empty_sum(model, loss_release)
+        options = {
+            "example_loss": example_loss,
+            "clipping": clipping,
+            "loss_release": loss_release,
+        }
+
+        def again(rows: Mapping[str, Any], owned: Owners | None) -> ClippedSum:
+            return self.clipped_sum(model, rows, **options, owners=owned)  # type: ignore[arg-type]
+
         with contextlib.suppress(UnprovedError, UnrepeatedError):
-            return self._clipped_sum(
+            summed = self._clipped_sum(
                 model, inputs, example_loss, clipping, loss_release, owners, ranks
             )
-        return SequentialEngine().clipped_sum(
-            model,
-            inputs,
-            example_loss=example_loss,
-            clipping=clipping,
-            loss_release=loss_release,
-            owners=owners,
-        )
+            # the ranks of a sharded model run it together, and as often
+            alone = not ranks.together and bool((~torch.isfinite(summed.norms)).any())
+            return without_dropped(summed, inputs, owners, again) if alone else summed
+        return SequentialEngine().clipped_sum(model, inputs, **options, owners=owners)  # type: ignore[arg-type]
 
     def _clipped_sum(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from hf_dp.engines import (
     engine_named,
     recorder,
 )
-from hf_dp.engines.by_content import Graph
+from hf_dp.engines.by_content import Graph, Twins
 
 MARKER, C = 7, 0.1
 
@@ -184,6 +185,7 @@ def test_a_proof_for_the_first_batch_only_is_not_enough(
 ) -> None:
     """Planted: no operation is said to arrange rows by content."""
     monkeypatch.setattr("hf_dp.engines.by_content.arranges", lambda *_: False)
+    monkeypatch.setattr("hf_dp.engines.by_content.meets", lambda *_: False)
     engine, model = BookKeepingEngine(), kind()
     with pytest.raises(AssertionError):
         check_all(engine, model, losses, LATER[:2])
@@ -231,13 +233,27 @@ def test_a_graph_that_showed_nothing_is_proved_at_the_next_micro_batch(
     bad = {"x": good["x"] * torch.tensor([[0.0, 1, 1], [1, 1, 1], [1, 1, 1], [1, 1, 1]])}
     for inputs in (bad, bad, good, bad, good):
         engine.clipped_sum(model, inputs, example_loss=rooted, clipping=FlatClipping(C))
-    assert proofs == [False, False, True]
+    assert proofs == [False, True]  # the others of the first batch are run again, and show it
 
 
 def test_each_example_s_own_row_by_index_is_no_arrangement() -> None:
-    hidden = torch.randn(4, 6, 8, requires_grad=True).tanh()
-    own, last = torch.arange(4), torch.tensor([1, 5, 0, 2])
-    assert not Graph(hidden[own, last].sum(1), 4).by_content
-    assert Graph(hidden[own.flip(0), last].sum(1), 4).by_content
-    assert not Graph(hidden[:, :3].flatten(1).gather(1, last[:, None])[:, 0], 4).by_content
+    def graph(units: int, rows: Tensor, twins: Sequence[Twins] = ()) -> Graph:
+        hidden = torch.randn(units, 6, 8, requires_grad=True).tanh()
+        return Graph(hidden[rows, torch.arange(units)].sum(1), units, twins)
+
+    few, more = (graph(units, torch.arange(units)) for units in (2, 3))
+    assert not graph(4, torch.arange(4), [Twins(few, more)]).by_content
+    assert graph(4, torch.arange(4).flip(0), [Twins(few, more)]).by_content
+
+
+def test_a_gather_inside_each_example_is_no_arrangement() -> None:
+    def graph(units: int, twins: Sequence[Twins] = ()) -> Graph:
+        hidden = torch.randn(units, 6, 8, requires_grad=True).tanh()
+        last = torch.arange(units)
+        return Graph(hidden[:, :3].flatten(1).gather(1, last[:, None])[:, 0], units, twins)
+
+    assert not graph(4, [Twins(graph(2), graph(3))]).by_content
+
+
+def test_a_batch_of_one_after_others_needs_no_proof() -> None:
     assert clipped("auto", Picks(), marked(1, 1), losses).norms.shape == (2,)

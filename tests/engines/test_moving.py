@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,16 +14,27 @@ from torch import Tensor, nn
 
 from hf_dp.clipping import FlatClipping
 from hf_dp.engines import BookKeepingEngine, by_content, moving
-from hf_dp.engines.by_content import Graph
+from hf_dp.engines.by_content import Graph, Twins
 from hf_dp.engines.moving import is_moving
 from hf_dp.errors import UncoveredParameterError
 
 T, D = 6, 12
 
 
-def graph(compute: Callable[[Tensor], Tensor], units: int, twin: Graph | None = None) -> Graph:
-    hidden = torch.randn(units, T, D, requires_grad=True).tanh()
-    return Graph(compute(hidden).reshape(units, -1).sum(1), units, twin)
+def graph(
+    compute: Callable[[Tensor], Tensor],
+    units: int,
+    twins: Sequence[Twins] = (),
+    positions: int = T,
+) -> Graph:
+    hidden = torch.randn(units, positions, D, requires_grad=True).tanh()
+    return Graph(compute(hidden).reshape(units, -1).sum(1), units, twins)
+
+
+def twins_of(compute: Callable[[Tensor], Tensor], positions: int = T) -> list[Twins]:
+    few, more = (graph(compute, units, positions=positions) for units in (2, 3))
+    assert few.is_like(more)
+    return [Twins(few, more)]
 
 
 def halves_turned(hidden: Tensor) -> Tensor:
@@ -48,9 +59,9 @@ HARMLESS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 ARRANGING: dict[str, Callable[[Tensor], Tensor]] = {
     "matrix": lambda h: torch.eye(len(h)) @ h.flatten(1),
-    "matrix of tokens": lambda h: torch.eye(len(h) * T) @ h.flatten(0, 1),
+    "matrix of tokens": lambda h: torch.eye(h.shape[0] * h.shape[1]) @ h.flatten(0, 1),
     "matrix for experts": lambda h: (
-        torch.eye(len(h) * T).expand(12, -1, -1) @ h.flatten(0, 1).expand(12, -1, -1)
+        torch.eye(h.shape[0] * h.shape[1]).expand(12, -1, -1) @ h.flatten(0, 1).expand(12, -1, -1)
     ).mean(0),
     "matrix from the right": lambda h: (h.flatten(1).t() @ torch.eye(len(h))).t(),
     "products summed": lambda h: (torch.eye(len(h))[..., None] * h.flatten(1)).sum(1),
@@ -69,6 +80,17 @@ ARRANGING: dict[str, Callable[[Tensor], Tensor]] = {
     "batch norm": lambda h: nn.functional.batch_norm(h.mT, None, None, training=True),
     "distances": lambda h: torch.cdist(h.flatten(1), h.flatten(1)),
     "differences": lambda h: h.flatten(1)[:, None] - h.flatten(1)[None],
+    "differences folded": lambda h: (
+        (h.flatten(1)[:, None] - h.flatten(1)).relu().view(len(h), -1).sum(1)
+    ),
+    "gather beside a row of zeros": lambda h: torch.cat([h.flatten(0, 1), torch.zeros(1, D)])[
+        torch.arange(h.shape[0] * h.shape[1])
+    ],
+    "gather from padded rows": lambda h: nn.functional.pad(h.flatten(0, 1), (0, 0, 0, 1))[
+        torch.arange(h.shape[0] * h.shape[1])
+    ],
+    "rows shifted by padding": lambda h: nn.functional.pad(h, (0, 0, 0, 0, 1, -1)),
+    "tokens sorted": lambda h: h.flatten(0, 1)[torch.arange(h.shape[0] * h.shape[1])],
     "differences of copies": lambda h: h.flatten(1)[:, None] - h.flatten(1).expand(len(h), -1, -1),
 }
 
@@ -76,17 +98,19 @@ ARRANGING: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("name", HARMLESS)
 def test_axes_as_long_as_the_batch_by_coincidence_are_cleared_by_a_twin(name: str) -> None:
     compute = HARMLESS[name]
-    twin = graph(compute, 3)
-    assert not any(graph(compute, units, twin).by_content for units in range(2, 25))
+    twins = twins_of(compute)
+    assert not any(graph(compute, units, twins).by_content for units in range(2, 25))
 
 
 @pytest.mark.parametrize("twins", [True, False])
 @pytest.mark.parametrize("name", ARRANGING)
 def test_products_that_may_move_rows_are_seen(name: str, twins: bool) -> None:
     compute = ARRANGING[name]
-    twin = graph(compute, 3) if twins else None
-    sizes = [2, 4, 6, 12, 24] if twins or "experts" not in name else [5, 24]
-    assert all(graph(compute, units, twin).by_content for units in sizes)
+    known = twins_of(compute) if twins else []
+    for positions in (T, 2 * T):  # other lengths than the twins had
+        assert all(
+            graph(compute, units, known, positions).by_content for units in (2, 4, 6, 12, 24)
+        )
 
 
 class Gated(nn.Module):
@@ -117,9 +141,9 @@ def test_examples_that_meet_from_a_threshold_on_are_refused() -> None:
 
 
 def test_a_twin_of_another_model_clears_nothing() -> None:
-    other = graph(lambda hidden: hidden.sum(2), 3)
+    other = twins_of(lambda hidden: hidden.sum(2))
     assert graph(halves_turned, D, other).by_content
-    assert not graph(halves_turned, D, graph(halves_turned, 3)).by_content
+    assert not graph(halves_turned, D, twins_of(halves_turned)).by_content
 
 
 @pytest.mark.parametrize("family", ["phi", "falcon", "swin", "llama", "bert"])
@@ -216,6 +240,7 @@ def test_what_a_mask_picks_of_turned_axes_is_proved_every_time(
         return None if turn is None else replace(turn, ambiguous=False)
 
     monkeypatch.setattr(by_content, "turned", certain)  # planted
+    monkeypatch.setattr(by_content, "arranges", lambda *_: False)  # sees a graph without twins
     picked_of_turned(BookKeepingEngine())
 
 
