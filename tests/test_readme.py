@@ -44,12 +44,29 @@ def test_the_first_screen_trains_and_reports(
     assert names["trainer"].privacy_report().guarantee.epsilon <= 8.0
 
 
+def test_the_example_of_users_protects_users(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    texts = Sentences(4000)
+    rows = [{**texts[index], "author": f"a{index % 900}"} for index in range(len(texts))]
+    names: dict[str, Any] = {"model": tiny_bert(), "train_dataset": rows}
+    exec(blocks("python")[0].split("trainer = ")[0], names)  # the imports
+    exec(blocks("python")[1].replace("max_steps=100", "max_steps=2"), names)
+    names["trainer"].data_collator = collate
+    names["trainer"].train()
+    report = names["trainer"].privacy_report()
+    assert report.guarantee.unit == "user"
+    assert report.header["population_size"] == 900
+
+
 def test_the_loop_example_runs() -> None:
     names: dict[str, Any] = {
         "model": tiny_bert(),
         "batch": collate([Sentences()[0], Sentences()[1]]),
     }
-    exec(blocks("python")[1], names)
+    exec(blocks("python")[2], names)
     assert names["summed"].norms.shape == (2,)
 
 
@@ -57,7 +74,7 @@ def test_the_commands_run(tmp_path: Path) -> None:
     from hf_dp.cli.main import app
 
     commands = [line for line in blocks("console")[0].splitlines() if line.startswith("$ hf-dp")]
-    assert len(commands) == 9
+    assert len(commands) == 10
     for line in commands:
         words = shlex.split(line, comments=True)[2:]
         if words[0] in ("epsilon", "noise"):
