@@ -186,9 +186,13 @@ def _nodes(losses: Tensor) -> Iterator[Any]:
 
 def _before(node: Any) -> list[Any]:
     noted = getattr(node, "noted", None)
-    if noted is not None and not isinstance(noted[2], UnitAxis):
-        return list(node.given)  # over what is inside the module
-    return [after for after, _ in node.next_functions]
+    inside = [after for after, _ in node.next_functions]
+    if noted is None or isinstance(noted[2], UnitAxis):
+        return inside
+    recording, point = noted[:2]
+    if point.name in recording.holding:  # others' rows are taken as they lie there
+        return [*inside, *node.given]
+    return list(node.given)  # over what is inside the module
 
 
 class Twins:

@@ -73,6 +73,7 @@ class Recording:
         recomputed: Whether a backward pass ran tapped modules again, as checkpoints do.
         held: Parameters that record no gradient during a backward pass either: a checkpoint runs their
             module's forward again without its hooks, and must find what the forward pass found.
+        holding: Names of tapped modules that have other tapped modules inside.
     """
 
     parameters: Mapping[str, nn.Parameter]
@@ -88,6 +89,7 @@ class Recording:
     counts: bool = False
     recomputed: bool = False
     held: list[nn.Parameter] = field(default_factory=list)
+    holding: frozenset[str] = frozenset()
 
     def backward(
         self, losses: Tensor, on_call: Callable[[Call], None], *, again: bool = False

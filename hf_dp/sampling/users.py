@@ -49,7 +49,8 @@ class Users:
             ConfigurationError: An id is missing or cannot be compared, an example has several owners,
                 there are more or fewer ids than examples, or one user owns everything.
         """
-        values = _plain(ids, owner, shown)
+        _check_sequence(ids, owner, shown)
+        values = plain_ids(ids)
         if len(values) != num_examples:
             raise ConfigurationError(
                 explain(
@@ -160,8 +161,7 @@ class Users:
                 return shuffled
 
 
-def _plain(ids: Any, owner: str, shown: object) -> list[Any]:
-    """The ids as Python's own values; tensors and arrays would compare by identity, or not at all."""
+def _check_sequence(ids: object, owner: str, shown: object) -> None:
     if isinstance(ids, str | bytes | dict) or not hasattr(ids, "__iter__"):
         raise ConfigurationError(
             explain(
@@ -172,8 +172,19 @@ def _plain(ids: Any, owner: str, shown: object) -> list[Any]:
                 "Pass a list, an array, or the name of a column as user_column.",
             )
         )
-    values = list(ids.tolist() if hasattr(ids, "tolist") else ids)
-    if {type(value) for value in values} & {Tensor, np.ndarray}:
+
+
+def plain_ids(ids: Any) -> list[Any]:
+    """The ids as Python's own values; tensors and arrays would compare by identity, or not at all."""
+    for convert in ("to_pylist", "tolist"):  # of pyarrow, of numpy and others
+        if hasattr(ids, convert):
+            ids = getattr(ids, convert)()
+            break
+    values = list(ids)
+    kinds = {type(value) for value in values}
+    if any(hasattr(kind, "as_py") for kind in kinds):
+        values = [value.as_py() if hasattr(value, "as_py") else value for value in values]
+    if kinds & {Tensor, np.ndarray}:
         values = [value.item() if _is_scalar(value) else value for value in values]
     return values
 

@@ -17,6 +17,7 @@ from hf_dp.errors import ConfigurationError, PrivacyError, explain
 from hf_dp.sampling.base import BatchSampler
 
 Collator = Callable[[list[Any]], Any]
+RowCheck = Callable[[int, Any], None]
 
 _PASSES = itertools.count(
     1
@@ -263,15 +264,21 @@ class _Indexed(torch.utils.data.Dataset[Any]):
     draw at once, and could join its examples or make several rows, each clipped by itself, of one.
     """
 
-    def __init__(self, dataset: Any, without: str | None = None) -> None:
+    def __init__(
+        self, dataset: Any, without: str | None = None, check: RowCheck | None = None
+    ) -> None:
         self.dataset = dataset
         self.without = without  # a column that nobody may see
+        self.check = check
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Any:
-        return without_column(self.dataset[index], self.without)
+        row = self.dataset[index]
+        if self.check is not None:
+            self.check(index, row)
+        return without_column(row, self.without)
 
     def __getitems__(self, indices: list[int]) -> list[Any]:
         rows = Draw(self[index] for index in indices)
@@ -292,6 +299,7 @@ def logical_loader(
     sampler: LogicalBatchSampler,
     collator: LogicalBatchCollator,
     without: str | None = None,
+    check: RowCheck | None = None,
 ) -> DataLoader[LogicalBatch]:
     """A loader of logical batches with the dataset and workers of the Trainer's own.
 
@@ -302,11 +310,12 @@ def logical_loader(
         sampler: Draws.
         collator: Cuts each draw into micro-batches.
         without: A column that no collator may see, or None.
+        check: Called with the place and the content of each row that is read.
     """
     seed = int(sampler.coins.bits(1)[0] >> 1)  # for collators that draw, in workers: secret as well
     generator = torch.Generator().manual_seed(seed)
     return DataLoader(
-        _Indexed(host.dataset, without),
+        _Indexed(host.dataset, without, check),
         batch_sampler=sampler,
         collate_fn=collator,
         num_workers=host.num_workers,

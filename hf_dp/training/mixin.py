@@ -234,7 +234,8 @@ class DPTrainerMixin(SettledMixin, ShownMixin):
         )
         announce_users(self.dp_args, size, tokens)
         self._nonprivate.users_cut = self._ownership.num_cut(self.train_dataset)
-        return logical_loader(host, sampler, collator, self._ownership.column)
+        check = self._ownership.check_of(self.train_dataset, host.dataset)
+        return logical_loader(host, sampler, collator, self._ownership.column, check)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device

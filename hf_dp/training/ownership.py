@@ -12,9 +12,10 @@ from torch.utils.data import IterableDataset
 
 from hf_dp.coins import Coins
 from hf_dp.errors import ConfigurationError, explain
-from hf_dp.sampling.users import Users
+from hf_dp.sampling.users import Users, plain_ids
 from hf_dp.training.arguments import DPArguments
 from hf_dp.training.batches import Draw
+from hf_dp.training.same_rows import SameOwners, refuse_other_rows
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ class Ownership:
                 )
             )
         self._known: tuple[Any, Users] | None = None
+        self._seen: list[Any] | None = None  # the column, where rows have it
         self._early = None if ids is not None or not self.protects else self._column(first)
 
     @property
@@ -68,8 +70,25 @@ class Ownership:
             return None
         known = self._known
         if known is None or known[0] is not dataset or known[1].num_examples != len(dataset):
+            if known is not None and self.ids is not None and len(dataset) == len(self.ids):
+                raise _other_dataset(type(self.ids).__name__)
             known = self._known = (dataset, self._read(dataset))
         return known[1]
+
+    def check_of(self, dataset: Any, rows: Any) -> SameOwners | None:
+        """What each row is checked by as it is read; None where that is not needed, or not possible.
+
+        Args:
+            dataset: Whose users are known.
+            rows: The same as the loader reads it.
+
+        Raises:
+            PrivacyError: They may not be the same.
+        """
+        if self.of(dataset) is None:
+            return None
+        refuse_other_rows(dataset, rows, self.dp_args.user_column)
+        return None if self._seen is None else SameOwners(self.dp_args.user_column, self._seen)
 
     def _read(self, dataset: Any) -> Users:
         ids, early = self.ids, self._early
@@ -77,6 +96,7 @@ class Ownership:
         if ids is not None:
             return Users.of(ids, len(dataset), owner="DPTrainer.users", shown=type(ids).__name__)
         ids = self._column(dataset)
+        self._seen = None if ids is None else plain_ids(ids)
         if ids is None:
             ids = early
         column = self.dp_args.user_column
@@ -151,6 +171,19 @@ class Ownership:
         if given.draws_users or most is None:
             return {**claimed, "reduction": given.user_reduction}
         return {**claimed, "selection": given.user_selection, "kept_examples": users.num_kept(most)}
+
+
+def _other_dataset(shown: str) -> ConfigurationError:
+    return ConfigurationError(
+        explain(
+            "DPTrainer.users",
+            shown,
+            "the train_dataset that it was given with",
+            "Ids belong to examples by their place, and another data set, or another order of the same, "
+            "has others there.",
+            "Put the ids in a column (DPArguments.user_column), or make a new trainer.",
+        )
+    )
 
 
 class WholeUsers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from hf_dp.clipping import FlatClipping
 from hf_dp.engines import (
+    AutomaticEngine,
     BookKeepingEngine,
     GradientEngine,
     TwoPassEngine,
@@ -106,6 +108,18 @@ class ByBatchedMatrix(ByMatrix):
 
     def product(self, matrix: Tensor, rows: Tensor) -> Tensor:
         return torch.bmm(matrix.expand(8, -1, -1), rows.expand(8, -1, -1)).mean(0)
+
+
+class Owning(ByMatrix):
+    """With a parameter for which only the whole model can answer: its layers are inside a tapped module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones((), dtype=torch.float64))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        out: Tensor = super().forward(*args, **kwargs) * self.gain
+        return out
 
 
 KINDS = [Picks, ByIndices, ByLooping, ByTop, Sorted, ByMatrix, BySum, ByBatchedMatrix]
@@ -257,3 +271,14 @@ def test_a_gather_inside_each_example_is_no_arrangement() -> None:
 
 def test_a_batch_of_one_after_others_needs_no_proof() -> None:
     assert clipped("auto", Picks(), marked(1, 1), losses).norms.shape == (2,)
+
+
+@pytest.mark.parametrize("seen", [True, False])
+def test_layers_inside_a_module_that_is_run_again_are_proved(
+    seen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not seen:  # planted: the walk goes over all that is inside
+        monkeypatch.setattr("hf_dp.engines.attach._holding", lambda _: frozenset())
+    engine, model = AutomaticEngine(), Owning()
+    with contextlib.nullcontext() if seen else pytest.raises(AssertionError):
+        check_all(engine, model, losses, LATER)
