@@ -140,7 +140,9 @@ def first_rows(model: nn.Module, inputs: Mapping[str, Any]) -> Mapping[str, Any]
     return {name: v.to(device) if isinstance(v, Tensor) else v for name, v in rows.items()}
 
 
-def refuse_sharded(model: nn.Module, engine: str, why: str) -> None:
+def refuse_sharded(
+    model: nn.Module, engine: str, why: str, remedy: str = "Use engine='two_pass'."
+) -> None:
     """Refuse an engine that does not know of other ranks.
 
     Raises:
@@ -151,9 +153,9 @@ def refuse_sharded(model: nn.Module, engine: str, why: str) -> None:
             explain(
                 "clipped_sum.engine",
                 engine,
-                "'two_pass' or 'auto' for a model under FSDP",
+                "'two_pass' or 'auto', and single examples, for a model under FSDP",
                 why,
-                "Use engine='two_pass'.",
+                remedy,
             )
         )
 

@@ -31,7 +31,7 @@ from hf_dp.engines.precision import full_precision
 from hf_dp.engines.recorder import Pass, Recorder
 from hf_dp.engines.rows import batch_size
 from hf_dp.engines.sequential import SequentialEngine
-from hf_dp.engines.sharded import Ranks
+from hf_dp.engines.sharded import Ranks, refuse_sharded
 from hf_dp.engines.shares import Shares, cancelling, checked_shape
 from hf_dp.engines.taken_out import without_dropped
 from hf_dp.layers.base import LayerRules
@@ -69,6 +69,9 @@ class TwoPassEngine(GradientEngine):
     ) -> ClippedSum:
         checked_owners(owners, inputs)
         ranks = Ranks(model)
+        if owners is not None:
+            why = "A user with rows on several ranks would be clipped once on each of them."
+            refuse_sharded(model, "two_pass with users", why, remedy="Protect examples.")
         ranks.check_equal(batch_size(inputs))
         if batch_size(inputs) == 0:
             return empty_sum(model, loss_release)

@@ -95,9 +95,9 @@ def gap(expected: Mapping[str, Tensor], found: Mapping[str, Any]) -> float:
     return max(float((other - one).norm() / (1e-9 + one.norm())) for one, other in pairs)
 
 
-def refusal(model: nn.Module, batch: Mapping[str, Any], engine: str, loss: Any) -> str:
+def refusal(model: nn.Module, batch: Mapping[str, Any], engine: str, loss: Any, **more: Any) -> str:
     try:
-        hf_dp.clipped_sum(model, batch, clipping_norm=1.0, engine=engine, example_loss=loss)
+        hf_dp.clipped_sum(model, batch, clipping_norm=1.0, engine=engine, example_loss=loss, **more)
     except HfDpError as reason:
         return str(reason)
     return ""
@@ -141,6 +141,8 @@ def main(rank: int, world: int, case: str) -> dict[str, object]:
     unequal = {"input_ids": batches[0][: 1 + rank]}
     trials = {"sequential": mine[0], "book_keeping": mine[0], "auto": unequal}
     refused = {name: refusal(model, batch, name, loss) for name, batch in trials.items()}
+    users = [0] * len(mine[0]["input_ids"])
+    refused["two_pass"] = refusal(model, mine[0], "two_pass", loss, users=users)
     error = max(gap(one, other) for one, other in zip(expected, found, strict=True))
     return {"error": error, "sharded": sharded, "engine": engine.chosen.name, "refused": refused}
 

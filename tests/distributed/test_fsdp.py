@@ -57,6 +57,7 @@ def test_what_ranks_cannot_do_together_is_refused_by_all() -> None:
     assert "engine='two_pass'" in refused["sequential"]  # type: ignore[index]
     assert "engine='two_pass'" in refused["book_keeping"]  # type: ignore[index]
     assert "as many examples on every rank" in refused["auto"]  # type: ignore[index]
+    assert "clipped once on each of them" in refused["two_pass"]  # type: ignore[index]
 
 
 def test_a_use_outside_the_modules_is_refused() -> None:
