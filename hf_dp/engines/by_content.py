@@ -36,6 +36,8 @@ _RESHAPING = frozenset(
 # kind of node -> whether it may put rows elsewhere, and whether it may broadcast
 _KINDS: dict[type, tuple[bool, bool]] = {}
 
+_WATCHING = "torch.autograd.graph"  # hooks on several gradients together, which cannot change them
+
 Kinds = tuple[frozenset[type], tuple[tuple[int, ...], ...]]
 Free = tuple[bool, ...] | None  # of each axis; None if that is not known
 
@@ -127,7 +129,8 @@ def hooks_on_gradients() -> Iterator[list[None]]:
     original: Any = Tensor.register_hook
 
     def noted(self: Tensor, hook: Any) -> Any:
-        found.append(None)
+        if getattr(hook, "__module__", None) != _WATCHING:
+            found.append(None)
         return original(self, hook)
 
     Tensor.register_hook = noted  # type: ignore[method-assign]

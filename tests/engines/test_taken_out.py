@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hf_dp.clipping import FlatClipping, LossRelease
 from hf_dp.engines import AutomaticEngine, BookKeepingEngine, TwoPassEngine
+from hf_dp.engines.by_content import hooks_on_gradients
 from hf_dp.engines.owners import Owners
 
 C = 0.1
@@ -180,3 +181,13 @@ def test_hooks_on_gradients_are_proved_every_time(
         found = engine.clipped_sum(model, data(), **options)
         assert_same_sum(found, naive(model, data(), C, losses), 1e-9)
     assert Tensor.register_hook is before
+
+
+def test_hooks_that_only_watch_are_not_noted() -> None:
+    """As those of torch's own counters of work."""
+    x = torch.ones(2, requires_grad=True)
+    with hooks_on_gradients() as found:
+        torch.autograd.graph.register_multi_grad_hook((x,), lambda grads: None)
+        assert not found
+        x.register_hook(lambda grad: grad)
+        assert len(found) == 1
