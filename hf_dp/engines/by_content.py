@@ -24,6 +24,7 @@ from hf_dp.engines.moving import (
     may_broadcast,
     meets,
     shapes_of,
+    straddles,
     turned,
 )
 from hf_dp.layers.base import UnitAxis
@@ -38,7 +39,7 @@ _KINDS: dict[type, tuple[bool, bool]] = {}
 
 _WATCHING = "torch.autograd.graph"  # hooks on several gradients together, which cannot change them
 
-Kinds = tuple[frozenset[type], tuple[tuple[int, ...], ...]]
+Kinds = tuple[frozenset[type], tuple[tuple[tuple[int, ...], tuple[bool, ...]], ...]]
 Free = tuple[bool, ...] | None  # of each axis; None if that is not known
 
 
@@ -66,6 +67,7 @@ class Graph:
         seen = set()
         moving: list[Any] = []
         hiding: list[Any] = []
+        straddling = False
         self._met: list[tuple[Shape, Shape]] = []  # what came out of a broadcast, and what went in
         for node in _nodes(losses):
             kind = type(node)
@@ -79,17 +81,19 @@ class Graph:
                 self._met += _broadcasts(node)
             elif kind.__name__ in _RESHAPING and hides_units(node, num_units):
                 hiding.append(node)
+            elif kind.__name__ in _RESHAPING and straddles(node, num_units):
+                straddling = True
         self._order = [type(node) for node in moving]
         self._shapes = [shapes_of(node) for node in moving]
         self.known = False
-        self.by_content, turns = _broadcast(losses, hiding), []
+        self.by_content, turns = straddling or _broadcast(losses, hiding), []
         free, free_met = self._free(twins)
         for node, shapes, frees in zip(moving, self._shapes, free, strict=True):
             tensors = [self._sized(*pair) for pair in zip(shapes, frees, strict=True)]
             self.by_content = self.by_content or arranges(node, tensors)
             turn = turned(node, tensors)
             if turn is not None:
-                turns.append(turn.order)
+                turns.append((turn.order, turn.single))
                 self.by_content = self.by_content or turn.ambiguous
         for (out, given), (out_free, given_free) in zip(self._met, free_met, strict=True):
             tensors = [self._sized(out, out_free), self._sized(given, given_free)]

@@ -93,6 +93,17 @@ def hides_units(node: Any, num_units: int) -> bool:
     )
 
 
+def straddles(node: Any, num_units: int) -> bool:
+    """Whether a reshape cuts the examples' rows into groups that may belong to several of them."""
+    shape = node._input_metadata[0].shape
+    if len(shape) == 0 or shape[0] == 1 or shape[0] % num_units == 0:
+        return False
+    return any(
+        before is not None and len(before) > 0 and before[0] % num_units == 0
+        for before in shapes_of(node)
+    )
+
+
 def _is_attention(name: str) -> bool:
     return name.startswith("ScaledDotProduct")
 
@@ -204,11 +215,13 @@ class Turn:
 
     Attributes:
         order: The axes in their new order.
+        single: Whether each of them, before that, had a length of one: then its place does not show.
         ambiguous: Several of those that get another place may have them, so that what was turned fits
             what was not: numbers of each may then be picked by content, as with ``where``.
     """
 
     order: tuple[int, ...]
+    single: tuple[bool, ...]
     ambiguous: bool
 
 
@@ -226,7 +239,8 @@ def turned(node: Any, tensors: Sequence[Sized | None]) -> Turn | None:
         dims[one], dims[two] = dims[two], dims[one]
     moved = [old for new, old in enumerate(dims) if new != old]
     found = sum(tensors[0].has_units(axis) for axis in moved)
-    return Turn(tuple(dims), found > 1) if found else None
+    single = tuple(length == 1 for length in tensors[0].shape)
+    return Turn(tuple(dims), single, found > 1) if found else None
 
 
 def _axes(node: Any, tensors: Sequence[Sized | None]) -> Iterator[tuple[Sized | None, int]]:

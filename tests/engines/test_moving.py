@@ -13,7 +13,7 @@ from family_zoo import batch, build
 from torch import Tensor, nn
 
 from hf_dp.clipping import FlatClipping
-from hf_dp.engines import BookKeepingEngine, by_content, moving
+from hf_dp.engines import AutomaticEngine, BookKeepingEngine, by_content, moving
 from hf_dp.engines.by_content import Graph, Twins
 from hf_dp.engines.moving import is_moving
 from hf_dp.errors import UncoveredParameterError
@@ -123,10 +123,11 @@ class Gated(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         hidden = self.above(self.below(hidden).tanh())
-        return hidden.square().mean((1, 2)) + (hidden.norm() - 10).relu()
+        return hidden.square().mean((1, 2)) + (hidden.norm() - 6).relu()
 
 
 def test_examples_that_meet_from_a_threshold_on_are_refused() -> None:
+    torch.manual_seed(0)
     engine, model = BookKeepingEngine(), Gated()
 
     def summed(scale: float) -> None:
@@ -277,3 +278,50 @@ def test_a_function_that_is_not_known_is_proved_every_time() -> None:
     kind = type("FancyNewBackward0", (), {})
     assert is_moving(kind)
     assert not is_moving(type("SiluBackward0", (), {}))
+
+
+class Grouped(nn.Module):
+    """Adds to each token the mean of its group of six, whoever owns the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.below, self.above = nn.Linear(D, D), nn.Linear(D, D)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        groups = self.below(x).tanh().reshape(-1, 6, D)
+        found = self.above((groups + groups.mean(1, keepdim=True)).reshape(x.shape))
+        losses: Tensor = found.square().sum((1, 2))
+        return losses
+
+
+class TurnsPositions(Grouped):
+    """Flattens positions before examples, where there are several."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.above(self.below(x).tanh().transpose(0, 1).reshape(-1, D))
+        losses: Tensor = rows.reshape(x.shape[1], x.shape[0], D).square().sum((0, 2))
+        return losses
+
+
+def at_lengths(model: nn.Module, first: int, later: int) -> None:
+    torch.manual_seed(0)
+    engine, sizes = AutomaticEngine(), {"first": first, "later": later}
+    for positions in sizes.values():
+        inputs = {"x": torch.randn(4, positions, D, dtype=torch.float64)}
+        found = engine.clipped_sum(
+            model, inputs, example_loss=lambda m, b: m(**b), clipping=FlatClipping(0.1)
+        )
+        if positions % 6 == 0 or isinstance(model, TurnsPositions):
+            assert_same_sum(found, naive(model, inputs, 0.1, lambda m, b: m(**b)), 1e-9)
+
+
+def test_groups_of_tokens_of_several_examples_are_seen() -> None:
+    """Six positions are a group of one example's; of nine some groups are of two."""
+    at_lengths(Grouped(), 6, 12)
+    with pytest.raises((UncoveredParameterError, RuntimeError)):  # alone, nine make no groups
+        at_lengths(Grouped(), 6, 9)
+
+
+def test_an_axis_that_was_turned_while_it_had_one_place_is_proved_anew() -> None:
+    at_lengths(TurnsPositions(), 1, 5)
