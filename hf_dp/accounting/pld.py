@@ -160,7 +160,7 @@ def _usable_delta(delta: float, releases: Releases) -> float:
                 delta,
                 f"at least {least:.1e} for this number of releases",
                 "Rounding in its Fourier transforms could hide a smaller delta.",
-                "Use a larger delta, or the accountant 'rdp', which has no such limit, where it can.",
+                "Use the accountant 'rdp', which has no such limit, or a larger delta.",
             )
         )
     return delta - slack

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from weakref import WeakSet
 
 import torch
@@ -33,7 +33,6 @@ def recording(coverage: Coverage, num_units: int) -> Iterator[Recording]:
     parameters = coverage.parameters
     anchor = torch.zeros((), device=next(iter(parameters.values())).device, requires_grad=True)
     record = Recording(parameters, anchor, num_units, counts=coverage.counts)
-    record.holding = _holding([point.name for point in coverage.points])
     with contextlib.ExitStack() as stack:
         _TAPPED.add(coverage.model)
         stack.callback(_TAPPED.discard, coverage.model)
@@ -49,14 +48,3 @@ def recording(coverage: Coverage, num_units: int) -> Iterator[Recording]:
 def _is_checkpointed(module: nn.Module) -> bool:
     """Whether the module's own forward is a checkpoint, as that of transformers' layers can be."""
     return module.training and getattr(module, "gradient_checkpointing", False) is True
-
-
-def _holding(names: Sequence[str]) -> frozenset[str]:
-    """Those of the modules that have another one inside."""
-    others = set(names)
-    return frozenset(
-        above
-        for name in others
-        for above in (name.rsplit(".", dots)[0] for dots in range(1, name.count(".") + 1))
-        if above in others
-    ) | frozenset({""} & others if len(others) > 1 else ())

@@ -27,7 +27,6 @@ from hf_dp.engines.moving import (
     straddles,
     turned,
 )
-from hf_dp.layers.base import UnitAxis
 
 # Which of these a reshape becomes depends on strides and on who is looking.
 _RESHAPING = frozenset(
@@ -192,14 +191,7 @@ def _nodes(losses: Tensor) -> Iterator[Any]:
 
 
 def _before(node: Any) -> list[Any]:
-    noted = getattr(node, "noted", None)
-    inside = [after for after, _ in node.next_functions]
-    if noted is None or isinstance(noted[2], UnitAxis):
-        return inside
-    recording, point = noted[:2]
-    if point.name in recording.holding:  # others' rows are taken as they lie there
-        return [*inside, *node.given]
-    return list(node.given)  # over what is inside the module
+    return [after for after, _ in node.next_functions]
 
 
 class Twins:

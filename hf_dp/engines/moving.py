@@ -44,6 +44,7 @@ _FILLING = ("ConstantPad", "ReflectionPad", "ReplicationPad", "CircularPad")
 # These keep the examples apart if they are on the first axis: windows, and means over the others.
 _WINDOWS = ("Convolution", "Pool", "Upsample", "Im2Col", "Col2Im", "GridSampler", "GroupNorm")
 _SHIFTING = ("UnsqueezeBackward0", "ExpandBackward0")  # and then meet the others by broadcasting
+_EACH_BY_ITSELF = ("Renorm", "WeightNorm")
 _NORMED = "_saved_normalized_shape"
 # Products, and the axis that each of their operands is summed over: with ones and zeros likewise.
 _PRODUCTS: dict[str, dict[int, int]] = {
@@ -260,6 +261,8 @@ def _axes(node: Any, tensors: Sequence[Sized | None]) -> Iterator[tuple[Sized | 
             (tensor, len(tensor.shape) - 2) for tensor in tensors[1:3] if tensor is not None
         )
         yield None, 0
+    elif name.startswith(_EACH_BY_ITSELF):
+        return  # the axis it names is the one that it does not sum over
     elif name.startswith(_FILLING):
         widths = getattr(node, "_saved_pad", None) or getattr(node, "_saved_padding", None) or ()
         padded = [place // 2 for place, width in enumerate(widths) if width]
@@ -311,6 +314,10 @@ def _stays(node: Any, known: Sequence[Sized]) -> bool:
 def _indexed_elsewhere(indices: tuple[Any, ...], tensor: Sized) -> bool:
     """Whether indexing takes examples from other places than each from its own."""
     axis = 0
+    if sum(index is not None for index in indices) > 1 and any(
+        index is not None and index.dim() > 1 for index in indices
+    ):  # what comes out has axes of its own, wherever the examples were
+        return not tensor.all_free
     for index in indices:
         if index is None:
             axis += 1

@@ -73,7 +73,6 @@ class Recording:
         recomputed: Whether a backward pass ran tapped modules again, as checkpoints do.
         held: Parameters that record no gradient during a backward pass either: a checkpoint runs their
             module's forward again without its hooks, and must find what the forward pass found.
-        holding: Names of tapped modules that have other tapped modules inside.
     """
 
     parameters: Mapping[str, nn.Parameter]
@@ -89,7 +88,6 @@ class Recording:
     counts: bool = False
     recomputed: bool = False
     held: list[nn.Parameter] = field(default_factory=list)
-    holding: frozenset[str] = frozenset()
 
     def backward(
         self, losses: Tensor, on_call: Callable[[Call], None], *, again: bool = False
@@ -155,8 +153,6 @@ class _Tap(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         num_outputs = noted[3]
         ctx.noted, ctx.num_inputs = noted, len(tensors) - num_outputs
-        if not isinstance(noted[2], UnitAxis):  # what is inside is run again for each unit
-            ctx.given = [given.grad_fn for given in tensors[num_outputs:]]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors[num_outputs:])
         # returning an input would make a view and break in-place operations

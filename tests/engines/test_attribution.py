@@ -22,6 +22,7 @@ from hf_dp.engines import (
     recorder,
 )
 from hf_dp.engines.by_content import Graph, Twins
+from hf_dp.layers.base import UnitAxis
 
 MARKER, C = 7, 0.1
 
@@ -283,7 +284,13 @@ def test_layers_inside_a_module_that_is_run_again_are_proved(
     seen: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not seen:  # planted: the walk goes over all that is inside
-        monkeypatch.setattr("hf_dp.engines.attach._holding", lambda _: frozenset())
+
+        def outside(node: Any) -> list[Any]:
+            noted = getattr(node, "noted", (None,) * 3)
+            whole = noted[0] is not None and not isinstance(noted[2], UnitAxis)
+            return [] if whole else [after for after, _ in node.next_functions]
+
+        monkeypatch.setattr("hf_dp.engines.by_content._before", outside)
     engine, model, x = BookKeepingEngine(), SortsTokens(), torch.rand(5, 4, 3).double()
     later = torch.where(torch.rand(5, 4, 1) < 0.5, x + 1, x)
     with contextlib.nullcontext() if seen else pytest.raises(AssertionError):

@@ -91,6 +91,10 @@ ARRANGING: dict[str, Callable[[Tensor], Tensor]] = {
     ],
     "rows shifted by padding": lambda h: nn.functional.pad(h, (0, 0, 0, 0, 1, -1)),
     "tokens sorted": lambda h: h.flatten(0, 1)[torch.arange(h.shape[0] * h.shape[1])],
+    "norms over all but the width": lambda h: torch.renorm(h, 2, 2, 0.1),
+    "places beside each example's own": lambda h: h[
+        torch.arange(len(h)), torch.zeros(T, len(h), dtype=torch.long)
+    ],
     "differences of copies": lambda h: h.flatten(1)[:, None] - h.flatten(1).expand(len(h), -1, -1),
 }
 
