@@ -48,6 +48,7 @@ class Ownership:
             )
         self._known: tuple[Any, Users] | None = None
         self._seen: list[Any] | None = None  # the column, where rows have it
+        self._given = first  # as it was before the host worked on it
         self._early = None if ids is not None or not self.protects else self._column(first)
 
     @property
@@ -91,8 +92,11 @@ class Ownership:
         return None if self._seen is None else SameOwners(self.dp_args.user_column, self._seen)
 
     def _read(self, dataset: Any) -> Users:
-        ids, early = self.ids, self._early
-        self._early = None  # for the host's own version of the dataset, and for no other
+        ids, early, given = self.ids, self._early, self._given
+        self._early = self._given = None  # for the host's own version, and for no other
+        by_place = ids is not None or (early is not None and self._column(dataset) is None)
+        if by_place and given is not None and len(given) == len(dataset):
+            refuse_other_rows(given, dataset, self.dp_args.user_column)
         if ids is not None:
             return Users.of(ids, len(dataset), owner="DPTrainer.users", shown=type(ids).__name__)
         ids = self._column(dataset)

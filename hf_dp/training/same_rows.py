@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from hf_dp.errors import PrivacyError
 from hf_dp.sampling.users import plain_ids
 
@@ -59,9 +61,9 @@ def refuse_other_rows(dataset: Any, rows: Any, column: str) -> None:
         if not any(tables) and isinstance(rows[0], Mapping) and column in rows[0]:
             return
     raise PrivacyError(
-        f"get_train_dataloader: expected the rows of train_dataset in their order, found a "
-        f"{type(rows).__name__} that may have others. Users are known by the place of their rows. "
-        "Prepare the data before it is given to the trainer."
+        f"train_dataset: expected its rows to be used in their order, found a {type(rows).__name__} of the "
+        "host's that may have others. Users are known by the place of their rows. Prepare the data before "
+        "it is given to the trainer, and keep a column of it, best the one with the users."
     )
 
 
@@ -73,6 +75,17 @@ def _in_order(one: Any, other: Any) -> bool:
     if places[0] is not None and not places[0].column(0).equals(places[1].column(0)):
         return False
     shared = [name for name in one.column_names if name in other.column_names]
-    columns = ((one._data.column(name), other._data.column(name)) for name in shared)
-    # what is not a number is unequal to itself
-    return all(a.equals(b) for a, b in columns if "float" not in str(a.type))
+    alike = [_alike(one._data.column(name), other._data.column(name)) for name in shared]
+    return True in alike and False not in alike
+
+
+def _alike(one: Any, other: Any) -> bool | None:
+    """Whether two columns are equal; None where that does not show, as nan is unlike itself."""
+    if one.equals(other):
+        return True
+    kind = str(one.type)
+    if "float" not in kind and "double" not in kind:
+        return False
+    if kind not in ("float", "double", "halffloat") or other.type != one.type:
+        return None
+    return bool(np.array_equal(one.to_numpy(), other.to_numpy(), equal_nan=True))

@@ -10,9 +10,10 @@ import pytest
 import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader, Subset
+from transformers import Trainer
 from user_runs import pad, rows, table, trainer
 
-from hf_dp import DPTrainer
+from hf_dp import DPTrainer, DPTrainerMixin
 from hf_dp.errors import ConfigurationError, PrivacyError
 from hf_dp.training.same_rows import SameOwners, refuse_other_rows
 
@@ -97,7 +98,7 @@ def test_a_host_that_reads_other_rows_is_refused(tmp_path: Path, column: bool) -
 
     users = {} if column else {"users": OWNERS, "train_dataset": without_ids()}
     made = trainer(tmp_path, cls=Host, **users)
-    with pytest.raises(PrivacyError, match=r"^get_train_dataloader: "):
+    with pytest.raises(PrivacyError, match=r"^train_dataset: "):
         draws_everybody(made)
 
 
@@ -121,3 +122,34 @@ def test_planted_without_the_check_a_shuffled_list_goes_unseen(
     monkeypatch.setattr(SameOwners, "__call__", lambda *_: None)
     with pytest.raises(pytest.fail.Exception):
         test_a_list_that_is_shuffled_afterwards_is_refused(tmp_path, "users")
+
+
+class ShufflingHost(Trainer):
+    """As one that groups by length, or tokenizes after shuffling."""
+
+    def __init__(self, *args: Any, train_dataset: Any, **kwargs: Any) -> None:
+        mixed = train_dataset.shuffle(seed=1).remove_columns(
+            [name for name in ("user_id",) if name in train_dataset.column_names]
+        )
+        super().__init__(*args, train_dataset=mixed, **kwargs)
+
+
+class Hosted(DPTrainerMixin, ShufflingHost):
+    """Users read before the host's own order."""
+
+
+@pytest.mark.parametrize("users", [{}, {"users": OWNERS, "train_dataset": without_ids()}])
+def test_a_host_that_reorders_when_it_is_made_is_refused(tmp_path: Path, users: Any) -> None:
+    with pytest.raises(PrivacyError, match=r"^train_dataset: "):
+        trainer(tmp_path, cls=Hosted, **users)  # type: ignore[arg-type]
+
+
+def test_tables_with_nothing_in_common_may_be_in_any_order() -> None:
+    data = without_ids()
+    renamed = data.rename_columns({name: f"{name}_" for name in data.column_names})
+    with pytest.raises(PrivacyError):
+        refuse_other_rows(data, renamed, "user_id")
+    floats = Dataset.from_dict({"x": [0.5, float("nan"), 2.0]})
+    refuse_other_rows(floats, floats.add_column("y", [1, 2, 3]), "user_id")
+    with pytest.raises(PrivacyError):
+        refuse_other_rows(floats, floats.select([2, 0, 1]).flatten_indices(), "user_id")
