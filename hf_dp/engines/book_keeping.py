@@ -6,7 +6,6 @@ Source:
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -15,72 +14,31 @@ from torch import nn
 
 from hf_dp.clipping.base import ClippingPolicy
 from hf_dp.clipping.loss import LossRelease
-from hf_dp.engines.attribution import UnprovedError
 from hf_dp.engines.base import (
     ExampleLoss,
-    GradientEngine,
-    empty_sum,
     gradient_clipping,
     released_losses,
     sums_of_all,
 )
 from hf_dp.engines.books import Books
-from hf_dp.engines.owners import Owners, checked_owners
+from hf_dp.engines.owners import Owners
 from hf_dp.engines.precision import full_precision
-from hf_dp.engines.recorder import Recorder
 from hf_dp.engines.rows import batch_size
-from hf_dp.engines.sequential import SequentialEngine
 from hf_dp.engines.sharded import refuse_sharded
 from hf_dp.engines.shares import Shares, cancelling
-from hf_dp.engines.taken_out import without_dropped
-from hf_dp.layers.base import LayerRules
-from hf_dp.layers.recognise import DEFAULT_LAYER_RULES
-from hf_dp.layers.repeats import UnrepeatedError
+from hf_dp.engines.vectorised import VectorisedEngine
 from hf_dp.sums import ClippedSum
 
 
-class BookKeepingEngine(GradientEngine):
+class BookKeepingEngine(VectorisedEngine):
     """Vectorised per-example clipping in one backward pass, for layers that have a rule."""
 
     name: ClassVar[str] = "book_keeping"
 
-    def __init__(self, layer_rules: LayerRules = DEFAULT_LAYER_RULES) -> None:
-        """Use `layer_rules` (module type -> rule); what they lack is recognised by computation."""
-        self.recorder = Recorder(layer_rules)
-
-    def prepare(self, model: nn.Module) -> None:
-        self.recorder.coverage(model)
-
-    def clipped_sum(
-        self,
-        model: nn.Module,
-        inputs: Mapping[str, Any],
-        *,
-        example_loss: ExampleLoss,
-        clipping: ClippingPolicy,
-        loss_release: LossRelease | None = None,
-        owners: Owners | None = None,
-    ) -> ClippedSum:
-        checked_owners(owners, inputs)
-        if batch_size(inputs) == 0:
-            return empty_sum(model, loss_release)
-        why = "It answers for layers whose parameters have gone back into shards."
-        refuse_sharded(model, self.name, why)
-        options = {
-            "example_loss": example_loss,
-            "clipping": clipping,
-            "loss_release": loss_release,
-        }
-
-        def again(rows: Mapping[str, Any], owned: Owners | None) -> ClippedSum:
-            return self.clipped_sum(model, rows, **options, owners=owned)  # type: ignore[arg-type]
-
-        with contextlib.suppress(UnprovedError, UnrepeatedError):
-            summed, dropped = self._clipped_sum(
-                model, inputs, example_loss, clipping, loss_release, owners
-            )
-            return without_dropped(summed, inputs, owners, again) if dropped else summed
-        return SequentialEngine().clipped_sum(model, inputs, **options, owners=owners)  # type: ignore[arg-type]
+    def _check(self, model: nn.Module, inputs: Mapping[str, Any], owners: Owners | None) -> None:
+        if batch_size(inputs):
+            why = "It answers for layers whose parameters have gone back into shards."
+            refuse_sharded(model, self.name, why)
 
     def _clipped_sum(
         self,
@@ -91,7 +49,6 @@ class BookKeepingEngine(GradientEngine):
         loss_release: LossRelease | None,
         owners: Owners | None,
     ) -> tuple[ClippedSum, bool]:
-        """The sum, and whether some unit was dropped."""
         books = Books()
         with self.recorder.forward(model, inputs, example_loss, owners) as passed:
             passed.backward(books.add, on_group=books.add_group)

@@ -7,7 +7,6 @@ it was used, at the price of a second backward pass without weight gradients.
 
 from __future__ import annotations
 
-import contextlib
 import secrets
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -17,31 +16,24 @@ from torch import Tensor, nn
 
 from hf_dp.clipping.base import ClippingPolicy
 from hf_dp.clipping.loss import LossRelease
-from hf_dp.engines.attribution import UnprovedError
 from hf_dp.engines.base import (
     ExampleLoss,
-    GradientEngine,
-    empty_sum,
     gradient_clipping,
     released_losses,
     sums_of_all,
 )
-from hf_dp.engines.owners import Owners, checked_owners
+from hf_dp.engines.owners import Owners
 from hf_dp.engines.precision import full_precision
-from hf_dp.engines.recorder import Pass, Recorder
+from hf_dp.engines.recorder import Pass
 from hf_dp.engines.rows import batch_size
-from hf_dp.engines.sequential import SequentialEngine
 from hf_dp.engines.sharded import Ranks, refuse_sharded
 from hf_dp.engines.shares import Shares, cancelling, checked_shape
-from hf_dp.engines.taken_out import without_dropped
-from hf_dp.layers.base import LayerRules
+from hf_dp.engines.vectorised import VectorisedEngine
 from hf_dp.layers.factors import Factor, Mat, wide
-from hf_dp.layers.recognise import DEFAULT_LAYER_RULES
-from hf_dp.layers.repeats import UnrepeatedError
 from hf_dp.sums import ClippedSum
 
 
-class TwoPassEngine(GradientEngine):
+class TwoPassEngine(VectorisedEngine):
     """Vectorised per-example clipping in little memory.
 
     Cost: with F the forward pass, 4 F plus norms where plain training takes 3 F; with gradient
@@ -50,48 +42,11 @@ class TwoPassEngine(GradientEngine):
 
     name: ClassVar[str] = "two_pass"
 
-    def __init__(self, layer_rules: LayerRules = DEFAULT_LAYER_RULES) -> None:
-        """Use `layer_rules` (module type -> rule); what they lack is recognised by computation."""
-        self.recorder = Recorder(layer_rules)
-
-    def prepare(self, model: nn.Module) -> None:
-        self.recorder.coverage(model)
-
-    def clipped_sum(
-        self,
-        model: nn.Module,
-        inputs: Mapping[str, Any],
-        *,
-        example_loss: ExampleLoss,
-        clipping: ClippingPolicy,
-        loss_release: LossRelease | None = None,
-        owners: Owners | None = None,
-    ) -> ClippedSum:
-        checked_owners(owners, inputs)
-        ranks = Ranks(model)
+    def _check(self, model: nn.Module, inputs: Mapping[str, Any], owners: Owners | None) -> None:
         if owners is not None:
             why = "A user with rows on several ranks would be clipped once on each of them."
             refuse_sharded(model, "two_pass with users", why, remedy="Protect examples.")
-        ranks.check_equal(batch_size(inputs))
-        if batch_size(inputs) == 0:
-            return empty_sum(model, loss_release)
-        options = {
-            "example_loss": example_loss,
-            "clipping": clipping,
-            "loss_release": loss_release,
-        }
-
-        def again(rows: Mapping[str, Any], owned: Owners | None) -> ClippedSum:
-            return self.clipped_sum(model, rows, **options, owners=owned)  # type: ignore[arg-type]
-
-        with contextlib.suppress(UnprovedError, UnrepeatedError):
-            summed = self._clipped_sum(
-                model, inputs, example_loss, clipping, loss_release, owners, ranks
-            )
-            # the ranks of a sharded model run it together, and as often
-            alone = not ranks.together and bool((~torch.isfinite(summed.norms)).any())
-            return without_dropped(summed, inputs, owners, again) if alone else summed
-        return SequentialEngine().clipped_sum(model, inputs, **options, owners=owners)  # type: ignore[arg-type]
+        Ranks(model).check_equal(batch_size(inputs))
 
     def _clipped_sum(
         self,
@@ -101,8 +56,8 @@ class TwoPassEngine(GradientEngine):
         clipping: ClippingPolicy,
         loss_release: LossRelease | None,
         owners: Owners | None,
-        ranks: Ranks,
-    ) -> ClippedSum:
+    ) -> tuple[ClippedSum, bool]:
+        ranks = Ranks(model)
         policy = gradient_clipping(clipping, loss_release)
         found: dict[str, Tensor] = {}
         with self.recorder.forward(model, inputs, example_loss, owners) as passed:
@@ -129,12 +84,14 @@ class TwoPassEngine(GradientEngine):
                     found.update(ranks.own_parts({name: found[name]}))
 
             passed.backward(add)
-        return ClippedSum(
+        summed = ClippedSum(
             grads=ranks.own_parts(sums_of_all(parameters, found)),
             norms=total.sqrt(),
             losses=passed.losses,
             loss_sum=released_losses(passed.losses, dropped, clipping, loss_release),
         )
+        # the ranks of a sharded model run it together, and as often
+        return summed, not ranks.together and bool(dropped.any())
 
 
 class _Norms:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from toy_nets import C, Net, data, squares
 
 from hf_dp.clipping import FlatClipping
-from hf_dp.engines import BookKeepingEngine, TwoPassEngine, book_keeping
+from hf_dp.engines import BookKeepingEngine, TwoPassEngine, vectorised
 from hf_dp.engines.base import ExampleLoss, GradientEngine
 from hf_dp.errors import UncoveredParameterError
 from hf_dp.layers.randomness import Randomness
@@ -129,7 +129,7 @@ def test_a_poisoned_example_does_not_reach_the_others_through_the_masks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # as the one pass shows it, before the others are run again, with masks of their own
-    monkeypatch.setattr(book_keeping, "without_dropped", lambda summed, *_: summed)
+    monkeypatch.setattr(vectorised, "without_dropped", lambda summed, *_: summed)
     model, inputs = Noisy(), data()
     expected = under_the_same_masks(model, inputs, squares)
     inputs["x"][2] = torch.nan

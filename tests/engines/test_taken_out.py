@@ -121,8 +121,7 @@ def test_a_batch_of_bad_examples_adds_nothing(kind: Any) -> None:
 @pytest.mark.parametrize("kind", ENGINES)
 def test_left_in_the_batch_it_would_empty_them(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Planted: the sum of the pass in which something was dropped."""
-    for place in ("book_keeping", "two_pass"):
-        monkeypatch.setattr(f"hf_dp.engines.{place}.without_dropped", lambda summed, *_: summed)
+    monkeypatch.setattr("hf_dp.engines.vectorised.without_dropped", lambda summed, *_: summed)
     with pytest.raises(AssertionError):
         test_guards_against_overflow_do_not_empty_batch_mates(kind, Guard.apply)
 

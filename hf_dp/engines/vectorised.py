@@ -1,0 +1,95 @@
+"""What the engines share that clip all units of a micro-batch at once, by rules for layers."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from hf_dp.clipping.base import ClippingPolicy
+from hf_dp.clipping.loss import LossRelease
+from hf_dp.engines.attribution import UnprovedError
+from hf_dp.engines.base import ExampleLoss, GradientEngine, empty_sum
+from hf_dp.engines.owners import Owners, checked_owners
+from hf_dp.engines.recorder import Recorder
+from hf_dp.engines.rows import batch_size
+from hf_dp.engines.sequential import SequentialEngine
+from hf_dp.engines.taken_out import without_dropped
+from hf_dp.layers.base import LayerRules
+from hf_dp.layers.recognise import DEFAULT_LAYER_RULES
+from hf_dp.layers.repeats import UnrepeatedError
+from hf_dp.sums import ClippedSum
+
+
+class VectorisedEngine(GradientEngine):
+    """Takes all units at once; one at a time where the pass shows that this would not be sound.
+
+    Units that were dropped are taken out, and the others run again without them.
+    """
+
+    def __init__(self, layer_rules: LayerRules = DEFAULT_LAYER_RULES) -> None:
+        """Use `layer_rules` (module type -> rule); what they lack is recognised by computation."""
+        self.recorder = Recorder(layer_rules)
+
+    def prepare(self, model: nn.Module) -> None:
+        self.recorder.coverage(model)
+
+    def clipped_sum(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        *,
+        example_loss: ExampleLoss,
+        clipping: ClippingPolicy,
+        loss_release: LossRelease | None = None,
+        owners: Owners | None = None,
+    ) -> ClippedSum:
+        checked_owners(owners, inputs)
+        self._check(model, inputs, owners)
+        if batch_size(inputs) == 0:
+            return empty_sum(model, loss_release)
+
+        def summed_by(
+            engine: GradientEngine, rows: Mapping[str, Any], owned: Owners | None
+        ) -> ClippedSum:
+            return engine.clipped_sum(
+                model,
+                rows,
+                example_loss=example_loss,
+                clipping=clipping,
+                loss_release=loss_release,
+                owners=owned,
+            )
+
+        with contextlib.suppress(UnprovedError, UnrepeatedError):
+            summed, dropped = self._clipped_sum(
+                model, inputs, example_loss, clipping, loss_release, owners
+            )
+            again = functools.partial(summed_by, self)
+            return without_dropped(summed, inputs, owners, again) if dropped else summed
+        return summed_by(SequentialEngine(), inputs, owners)
+
+    @abstractmethod
+    def _check(self, model: nn.Module, inputs: Mapping[str, Any], owners: Owners | None) -> None:
+        """Refuse models and micro-batches that the engine cannot take."""
+
+    @abstractmethod
+    def _clipped_sum(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        example_loss: ExampleLoss,
+        clipping: ClippingPolicy,
+        loss_release: LossRelease | None,
+        owners: Owners | None,
+    ) -> tuple[ClippedSum, bool]:
+        """The sum over at least one unit, and whether to run the others without units that were dropped.
+
+        Raises:
+            UnprovedError: It is not known which rows are whose.
+            UnrepeatedError: A module did not do the same again.
+        """
