@@ -24,6 +24,15 @@ def positive(field: str, value: object, why: str, remedy: str) -> float:
     return number
 
 
+def not_negative(field: str, value: object, why: str, remedy: str) -> float:
+    """A finite number, zero or above."""
+    expected = "a finite number >= 0"
+    number = _number(field, value, expected, why, remedy)
+    if number < 0:
+        raise ConfigurationError(explain(field, value, expected, why, remedy))
+    return number
+
+
 def probability(field: str, value: object, why: str, remedy: str) -> float:
     """A number in (0, 1]."""
     expected = "a number in (0, 1]"

@@ -24,7 +24,8 @@ FLOORS = {
     "_version": 0,
     "errors": 0,
     "_validate": 0.5,  # words its messages with errors
-    "events": 1,
+    "scale_law": 1,
+    "events": 1.5,  # an event of mixed noise knows the law of its scale
     "coins": 1,
     "sums": 1,
     "accounting": 2,
@@ -42,7 +43,7 @@ FLOORS = {
     "demo": 5.5,  # uses training as a person would
     "cli": 6,
 }
-WITHOUT_TORCH = {"_version", "errors", "_validate", "events", "accounting", "ledger"}
+WITHOUT_TORCH = {"_version", "errors", "_validate", "scale_law", "events", "accounting", "ledger"}
 KNOW_THE_HOST = {"training", "demo"}
 HOST = {"transformers", "datasets", "accelerate", "peft", "evaluate"}
 VAGUE = {"utils", "util", "common", "misc", "helpers"}

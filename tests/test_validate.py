@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from hf_dp._validate import (
+    not_negative,
     one_of,
     open_unit_interval,
     positive,
@@ -22,6 +23,7 @@ from hf_dp.errors import ConfigurationError, HfDpError, explain
 NOT_NUMBERS: list[object] = [None, "1", True, False, math.nan, math.inf, -math.inf, [1], 1j]
 CHECKS: list[tuple[Callable[..., Any], list[Any], list[Any], str]] = [
     (positive, [1e-300, 1, 3.5, np.float64(2)], [0, -1, -0.0, *NOT_NUMBERS], "a finite number > 0"),
+    (not_negative, [0, 0.0, 1e-300, 7], [-1e-300, -1, *NOT_NUMBERS], "a finite number >= 0"),
     (probability, [1e-9, 0.5, 1, 1.0], [0, 1.0001, -0.1, *NOT_NUMBERS], "a number in (0, 1]"),
     (
         open_unit_interval,
