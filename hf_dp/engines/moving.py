@@ -85,24 +85,21 @@ def is_moving(kind: type) -> bool:
 
 def hides_units(node: Any, num_units: int) -> bool:
     """Whether a reshape puts an axis of one before the examples, where they meet others by broadcasting."""
-    shape = node._input_metadata[0].shape
-    if len(shape) == 0 or shape[0] != 1:
-        return False
-    return any(
-        before is not None and len(before) > 0 and before[0] % num_units == 0
-        for before in shapes_of(node)
-    )
+    return _new_length(node, num_units) == 1
 
 
 def straddles(node: Any, num_units: int) -> bool:
     """Whether a reshape cuts the examples' rows into groups that may belong to several of them."""
+    length = _new_length(node, num_units)
+    return length is not None and length != 1 and length % num_units != 0
+
+
+def _new_length(node: Any, num_units: int) -> int | None:
+    """How long a reshape makes the first axis of what may have the examples there; else None."""
     shape = node._input_metadata[0].shape
-    if len(shape) == 0 or shape[0] == 1 or shape[0] % num_units == 0:
-        return False
-    return any(
-        before is not None and len(before) > 0 and before[0] % num_units == 0
-        for before in shapes_of(node)
-    )
+    if len(shape) and any(before and before[0] % num_units == 0 for before in shapes_of(node)):
+        return int(shape[0])
+    return None
 
 
 def _is_attention(name: str) -> bool:
