@@ -6,6 +6,7 @@ import gc
 from collections.abc import Iterator
 
 import pytest
+from user_runs import Recorded
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -18,3 +19,9 @@ def imports_are_not_garbage() -> Iterator[None]:
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> Recorded:
+    """What each step of a run that protects users is made of."""
+    return Recorded(monkeypatch)

@@ -148,6 +148,8 @@ def trainer(
 EVERYBODY = {"expected_batch_size": NUM_USERS, "private_loss": False}
 """Every user is in every batch: no coin decides."""
 
+ONE = {"max_steps": 1}
+
 
 class Recorded:
     """What each step was made of, and its clipped sum."""
