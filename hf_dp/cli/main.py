@@ -12,6 +12,7 @@ from hf_dp.cli.demo import demo
 from hf_dp.cli.epsilon import epsilon
 from hf_dp.cli.ew_tune import ew_tune
 from hf_dp.cli.explain import explain
+from hf_dp.cli.lmo_dp import lmo_dp
 from hf_dp.cli.noise import noise
 from hf_dp.cli.plan_users import plan_users
 from hf_dp.cli.report import report
@@ -36,6 +37,7 @@ COMMANDS = (
     tuning,
     compare,
     ew_tune,
+    lmo_dp,
     report,
     explain,
     demo,

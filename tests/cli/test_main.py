@@ -90,6 +90,7 @@ def test_help_names_every_subcommand(hf_dp_program: Callable[..., Any]) -> None:
         "tuning",
         "compare",
         "ew-tune",
+        "lmo-dp",
         "report",
         "explain",
         "demo",
