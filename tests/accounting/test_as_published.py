@@ -135,7 +135,7 @@ def test_labels_need_to_be_asked_for_by_name() -> None:
         lmo_published(report_as_published=False)
     with pytest.raises(ConfigurationError, match=r"report_as_published=1: expected True"):
         lmo_published(report_as_published=1)
-    with pytest.raises(ConfigurationError, match=r"lmo_published\.task='sst-2'.*Did you mean"):
+    with pytest.raises(ConfigurationError, match=r"lmo_published\.task='SST-3'.*expected one of"):
         lmo_published(report_as_published=True, task="SST-3")
 
 
