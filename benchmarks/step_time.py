@@ -29,8 +29,18 @@ import torch
 import transformers
 
 from benchmarks.cases import FULL, LORA, Case
-from benchmarks.counting import cost_of
-from benchmarks.variants import RIGHT, NotAvailable, Variant, distance, fastdp, opacus, ours, plain
+from benchmarks.counting import Cost, cost_of
+from benchmarks.variants import (
+    RIGHT,
+    Grads,
+    NotAvailable,
+    Variant,
+    distance,
+    fastdp,
+    opacus,
+    ours,
+    plain,
+)
 
 RESULTS = Path(__file__).parent / "results"
 TINY = (Case("bert", 64, 16, 2), Case("gpt2", 64, 16, 2, tied=True), Case("llama", 64, 16, 2))
@@ -68,7 +78,7 @@ def measure(case: Case, *, rounds: int, peers: bool) -> list[Row]:
         except NotAvailable as reason:
             rows.append({"case": case.name, "variant": name, "note": str(reason)})
     right = ours(case, "sequential").grads
-    expected = right() if right is not None else {}
+    expected = right() if right is not None else None
     base_cost = cost_of(base.step)
     base_times, times = interleaved(base, variants, rounds)
     rows.append(
@@ -82,19 +92,38 @@ def measure(case: Case, *, rounds: int, peers: bool) -> list[Row]:
         }
     )
     for variant, taken in zip(variants, times, strict=True):
-        ratios = [t / b for t, b in zip(taken, base_times, strict=True)]
-        rows.append(
-            {
-                "case": case.name,
-                "variant": variant.name,
-                "time": statistics.median(ratios),
-                "time_low": min(ratios),
-                "time_high": max(ratios),
-                **cost_of(variant.step).over(base_cost),
-                "error": distance(variant.grads(), expected) if variant.grads else None,
-            }
-        )
+        rows.append(next_to(base_times, base_cost, case, variant, taken, expected))
     return rows
+
+
+def next_to(
+    base_times: Sequence[float],
+    base_cost: Cost,
+    case: Case,
+    variant: Variant,
+    times: Sequence[float],
+    expected: Grads | None,
+) -> Row:
+    """What a variant takes, as ratios to the base of the same rounds, and how far its sum is off.
+
+    Args:
+        base_times: CPU seconds of the base, round by round.
+        base_cost: What was counted of it.
+        case: What both ran.
+        variant: The other.
+        times: Its CPU seconds in the same rounds.
+        expected: The right sum, if there is one to compare with.
+    """
+    ratios = [t / b for t, b in zip(times, base_times, strict=True)]
+    return {
+        "case": case.name,
+        "variant": variant.name,
+        "time": statistics.median(ratios),
+        "time_low": min(ratios),
+        "time_high": max(ratios),
+        **cost_of(variant.step).over(base_cost),
+        "error": distance(variant.grads(), expected) if expected and variant.grads else None,
+    }
 
 
 def interleaved(

@@ -13,15 +13,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +35,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from benchmarks import step_time
 from hf_dp import DPArguments, DPTrainer
 from hf_dp.demo.model import load_classifier, with_lora
 from hf_dp.engines.rows import batch_size
@@ -258,19 +256,9 @@ def tiny_cases() -> tuple[dict[str, Callable[[], nn.Module]], Dataset, Any]:
 
 
 def machine() -> Row:
-    """What the figures were taken on."""
+    """What the figures were taken on, accelerator included."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "date": datetime.now(UTC).date().isoformat(),
-        "processor": platform.processor() or platform.machine(),
-        "device": device,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
+    return {**step_time.machine(), "device": device}
 
 
 def main() -> None:

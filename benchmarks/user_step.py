@@ -12,18 +12,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
-from benchmarks.cases import Case, example_losses
+from benchmarks.cases import Case
 from benchmarks.counting import cost_of
-from benchmarks.step_time import RESULTS, interleaved, machine
-from benchmarks.variants import CLIPPING_NORM, Grads, Variant, distance, ours, plain
-from hf_dp.clipping import FlatClipping
-from hf_dp.engines import BookKeepingEngine, GradientEngine, SequentialEngine
+from benchmarks.step_time import RESULTS, interleaved, machine, next_to
+from benchmarks.variants import Grads, ours, plain
+from hf_dp.engines import BookKeepingEngine, SequentialEngine
 from hf_dp.engines.owners import Owners
 
 # 1024 tokens and more a step, as in benchmarks/step_time.py; rows of one user stand together
@@ -49,52 +47,24 @@ def crowds(case: Case) -> dict[str, tuple[int, ...]]:
     return {**even, "1 to 7 rows a user": RAGGED}
 
 
-def by_user(case: Case, name: str, sizes: Sequence[int], engine: GradientEngine) -> Variant:
-    """Per-user clipping, mean gradients."""
-    model, inputs, owners = case.model(), case.batch(), Owners(tuple(sizes))
-
-    def grads() -> Grads:
-        summed = engine.clipped_sum(
-            model,
-            inputs,
-            example_loss=example_losses,
-            clipping=FlatClipping(CLIPPING_NORM),
-            owners=owners,
-        )
-        return dict(summed.grads)
-
-    return Variant(name, grads, grads)
-
-
 def measure(case: Case, rounds: int) -> list[Row]:
     """One row for each way of clipping the case's rows; ratios are to per-example clipping."""
     base = ours(case)
     variants = [plain(case)]
     expected: dict[str, Grads] = {}
     for name, sizes in crowds(case).items():
-        variants.append(by_user(case, name, sizes, BookKeepingEngine()))
-        loop = by_user(case, name, sizes, SequentialEngine(rows_at_once=max(sizes)))
+        owners = Owners(sizes)
+        variants.append(ours(case, BookKeepingEngine(), name=name, owners=owners))
+        loop = ours(case, SequentialEngine(rows_at_once=max(sizes)), owners=owners)
         expected[name] = loop.step()  # type: ignore[assignment]
-    eight = (8,) * (case.examples // 8)
-    variants.append(by_user(case, "sequential, 8 rows a user", eight, SequentialEngine(8)))
+    eight, name = Owners((8,) * (case.examples // 8)), "sequential, 8 rows a user"
+    variants.append(ours(case, SequentialEngine(8), name=name, owners=eight))
     base_cost = cost_of(base.step)
     base_times, times = interleaved(base, variants, rounds)
-    rows = []
-    for variant, taken in zip(variants, times, strict=True):
-        ratios = [t / b for t, b in zip(taken, base_times, strict=True)]
-        right = expected.get(variant.name)
-        rows.append(
-            {
-                "case": case.name,
-                "variant": variant.name,
-                "time": statistics.median(ratios),
-                "time_low": min(ratios),
-                "time_high": max(ratios),
-                **cost_of(variant.step).over(base_cost),
-                "error": distance(variant.grads(), right) if right and variant.grads else None,
-            }
-        )
-    return rows
+    return [
+        next_to(base_times, base_cost, case, variant, taken, expected.get(variant.name))
+        for variant, taken in zip(variants, times, strict=True)
+    ]
 
 
 def table(rows: Sequence[Row]) -> Iterator[str]:

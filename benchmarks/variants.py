@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from benchmarks.cases import Case, example_losses
 from hf_dp.clipping import FlatClipping
-from hf_dp.engines import engine_named
+from hf_dp.engines import GradientEngine, engine_named
+from hf_dp.engines.owners import Owners
 
 CLIPPING_NORM = 0.1
 RIGHT = 1e-3  # a sum further than this from the sequential engine's, relative to its norm, is wrong
@@ -54,9 +55,16 @@ def plain(case: Case) -> Variant:
     return Variant("plain", step)
 
 
-def ours(case: Case, engine: str = "book_keeping") -> Variant:
-    """One of this library's engines, flat clipping."""
-    model, inputs, runner = case.model(), case.batch(), engine_named(engine)
+def ours(
+    case: Case,
+    engine: str | GradientEngine = "book_keeping",
+    *,
+    name: str | None = None,
+    owners: Owners | None = None,
+) -> Variant:
+    """One of this library's engines, flat clipping; of each owner's mean gradient where there are any."""
+    runner = engine_named(engine) if isinstance(engine, str) else engine
+    model, inputs = case.model(), case.batch()
 
     def grads() -> Grads:
         summed = runner.clipped_sum(
@@ -64,10 +72,11 @@ def ours(case: Case, engine: str = "book_keeping") -> Variant:
             inputs,
             example_loss=example_losses,
             clipping=FlatClipping(CLIPPING_NORM),
+            owners=owners,
         )
         return dict(summed.grads)
 
-    return Variant(engine, grads, grads)
+    return Variant(name or runner.name, grads, grads)
 
 
 def opacus(case: Case, mode: str) -> Variant:

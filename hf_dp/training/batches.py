@@ -110,32 +110,24 @@ def drawn(inputs: Any) -> LogicalBatch:
     )
 
 
+@dataclass(eq=False)
 class LogicalBatchCollator:
     """Orders a draw by length and collates it in micro-batches.
 
     The order inside a draw is free of privacy cost: the sum does not depend on it.
+
+    Attributes:
+        collator: The Trainer's own; makes a batch of examples.
+        micro_batch_size: Examples in memory at once, at most; with 1, each is collated by itself.
+        length_key: The field whose length counts.
+        max_tokens: Examples times longest length in memory at once, at most, in place of
+            `micro_batch_size`; an example longer than that is a micro-batch by itself.
     """
 
-    def __init__(
-        self,
-        collator: Collator,
-        micro_batch_size: int,
-        length_key: str,
-        max_tokens: int | None = None,
-    ) -> None:
-        """Wrap the Trainer's own collator.
-
-        Args:
-            collator: Makes a batch of examples.
-            micro_batch_size: Examples in a micro-batch, at most.
-            length_key: The field whose length counts.
-            max_tokens: Examples times longest length in a micro-batch, at most, in place of
-                `micro_batch_size`; an example longer than that is a micro-batch by itself.
-        """
-        self.collator = collator
-        self.micro_batch_size = micro_batch_size
-        self.length_key = length_key
-        self.max_tokens = max_tokens
+    collator: Collator
+    micro_batch_size: int
+    length_key: str
+    max_tokens: int | None = None
 
     def __call__(self, examples: list[Any]) -> LogicalBatch:
         """Collate one draw; an empty one gives no micro-batch."""

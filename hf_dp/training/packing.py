@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from hf_dp.engines.owners import Owners, UserReduction
-from hf_dp.training.batches import Collator, LogicalBatch, LogicalBatchCollator, OwnedRows
+from hf_dp.training.batches import LogicalBatch, LogicalBatchCollator, OwnedRows
 
 APART = "collated apart"
 """The one field of a micro-batch of one user whose examples were collated each by itself: their batches."""
@@ -14,32 +15,18 @@ APART = "collated apart"
 _User = list[Any]
 
 
+@dataclass(eq=False)
 class UserCollator(LogicalBatchCollator):
     """Packs whole users into micro-batches; one who is too large for any has one alone.
 
     Users with as many examples stand together, and among them those with examples of like length. What
     a user is packed with changes no user's share, as each is clipped as one.
+
+    Attributes:
+        reduction: How a user's losses make one.
     """
 
-    def __init__(
-        self,
-        collator: Collator,
-        micro_batch_size: int,
-        length_key: str,
-        max_tokens: int | None = None,
-        reduction: UserReduction = "mean",
-    ) -> None:
-        """Wrap the Trainer's own collator; see `LogicalBatchCollator`.
-
-        Args:
-            collator: Makes a batch of examples.
-            micro_batch_size: Examples in memory at once, at most; with 1, each is collated by itself.
-            length_key: The field whose length counts.
-            max_tokens: Examples times longest length in memory at once, at most.
-            reduction: How a user's losses make one.
-        """
-        super().__init__(collator, micro_batch_size, length_key, max_tokens)
-        self.reduction = reduction
+    reduction: UserReduction = "mean"
 
     def __call__(self, examples: list[Any]) -> LogicalBatch:
         """Collate one draw; an empty one gives no micro-batch."""
