@@ -48,7 +48,7 @@ class Ownership:
             )
         self._known: tuple[Any, Users] | None = None
         self._seen: list[Any] | None = None  # the column, where rows have it
-        self._given = first  # as it was before the host worked on it
+        self._given = first if self.protects else None  # as it was before the host worked on it
         self._early = None if ids is not None or not self.protects else self._column(first)
 
     @property
@@ -94,15 +94,14 @@ class Ownership:
     def _read(self, dataset: Any) -> Users:
         ids, early, given = self.ids, self._early, self._given
         self._early = self._given = None  # for the host's own version, and for no other
-        by_place = ids is not None or (early is not None and self._column(dataset) is None)
+        read = None if ids is not None else early if dataset is given else self._column(dataset)
+        by_place = ids is not None or (early is not None and read is None)
         if by_place and given is not None and len(given) == len(dataset):
             refuse_other_rows(given, dataset, self.dp_args.user_column)
         if ids is not None:
             return Users.of(ids, len(dataset), owner="DPTrainer.users", shown=type(ids).__name__)
-        ids = self._column(dataset)
-        self._seen = None if ids is None else plain_ids(ids)
-        if ids is None:
-            ids = early
+        self._seen = None if read is None else plain_ids(read)
+        ids = early if read is None else read
         column = self.dp_args.user_column
         if ids is None:
             raise ConfigurationError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from torch.utils.data import DataLoader, Subset
 from transformers import Trainer
 from user_runs import pad, rows, table, trainer
 
-from hf_dp import DPTrainer, DPTrainerMixin
+from hf_dp import DPArguments, DPTrainer, DPTrainerMixin
 from hf_dp.errors import ConfigurationError, PrivacyError
+from hf_dp.training.ownership import Ownership
 from hf_dp.training.same_rows import SameOwners, refuse_other_rows
 
 OWNERS = [row["user_id"] for row in rows()]
@@ -80,6 +82,26 @@ class DrawsItself(torch.utils.data.Dataset[Any]):
         if self.asked <= len(self.rows):  # the first time in order
             return self.rows[index]
         return self.rows[self.coins.randrange(len(self.rows))]
+
+
+def test_a_dataset_of_ones_own_is_read_once() -> None:
+    asked = DPArguments(noise_multiplier=1.0, privacy_unit="user")
+    data, made_by_the_host = DrawsItself(), DrawsItself()
+    whose = Ownership(asked, None, data)
+    assert whose.of(data) is whose.of(data)
+    assert data.asked == len(data)
+    whose = Ownership(asked, None, data)
+    whose.of(made_by_the_host)
+    assert made_by_the_host.asked == len(data)
+
+
+def test_data_is_let_go_where_examples_are_protected() -> None:
+    data = DrawsItself()
+    given = weakref.ref(data)
+    whose = Ownership(DPArguments(noise_multiplier=1.0), None, data)
+    assert (whose.of(data), data.asked) == (None, 0)
+    del data
+    assert given() is None
 
 
 def test_a_dataset_that_draws_rows_itself_is_refused(tmp_path: Path) -> None:
