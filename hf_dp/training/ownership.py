@@ -88,8 +88,9 @@ class Ownership:
         """
         if self.of(dataset) is None:
             return None
-        refuse_other_rows(dataset, rows, self.dp_args.user_column)
-        return None if self._seen is None else SameOwners(self.dp_args.user_column, self._seen)
+        column = self.dp_args.user_column
+        refuse_other_rows(dataset, rows, None if self._seen is None else column)
+        return None if self._seen is None else SameOwners(column, self._seen)
 
     def _read(self, dataset: Any) -> Users:
         ids, early, given = self.ids, self._early, self._given
@@ -97,7 +98,7 @@ class Ownership:
         read = None if ids is not None else early if dataset is given else self._column(dataset)
         by_place = ids is not None or (early is not None and read is None)
         if by_place and given is not None and len(given) == len(dataset):
-            refuse_other_rows(given, dataset, self.dp_args.user_column)
+            refuse_other_rows(given, dataset, None)
         if ids is not None:
             return Users.of(ids, len(dataset), owner="DPTrainer.users", shown=type(ids).__name__)
         self._seen = None if read is None else plain_ids(read)

@@ -41,24 +41,25 @@ class SameOwners:
             )
 
 
-def refuse_other_rows(dataset: Any, rows: Any, column: str) -> None:
+def refuse_other_rows(dataset: Any, rows: Any, column: str | None) -> None:
     """Refuse rows that may not be those of `dataset`, in its order.
 
     Args:
         dataset: Whose users are known.
         rows: What the host's loader reads.
-        column: Where a row may say whose it is; then each is checked as it is read.
+        column: Where a row may say whose it is, if each is then checked as it is read; None if not.
 
     Raises:
         PrivacyError: A host that reads other rows, or the same in another order.
     """
     if rows is dataset:
         return
-    tables = [hasattr(one, "column_names") and hasattr(one, "_data") for one in (dataset, rows)]
+    one, other = _table(dataset), _table(rows)
     if len(rows) == len(dataset):
-        if all(tables) and _in_order(dataset, rows):
+        if one is not None and other is not None and one.shows_the_rows_of(other):
             return
-        if not any(tables) and isinstance(rows[0], Mapping) and column in rows[0]:
+        named = column is not None and isinstance(rows[0], Mapping) and column in rows[0]
+        if one is None and other is None and named:
             return
     raise PrivacyError(
         f"train_dataset: expected its rows to be used in their order, found a {type(rows).__name__} of the "
@@ -67,16 +68,41 @@ def refuse_other_rows(dataset: Any, rows: Any, column: str) -> None:
     )
 
 
-def _in_order(one: Any, other: Any) -> bool:
-    """Whether two tables of `datasets` show the same rows, by what they have in common."""
-    places = [table._indices for table in (one, other)]
-    if (places[0] is None) != (places[1] is None):
-        return False
-    if places[0] is not None and not places[0].column(0).equals(places[1].column(0)):
-        return False
-    shared = [name for name in one.column_names if name in other.column_names]
-    alike = [_alike(one._data.column(name), other._data.column(name)) for name in shared]
-    return True in alike and False not in alike
+@dataclass(frozen=True)
+class _Table:
+    """What a dataset of `datasets` shows: places in columns of Arrow.
+
+    Attributes:
+        columns: Names.
+        data: The columns.
+        places: Which rows of them, in which order; None for all in theirs.
+    """
+
+    columns: Sequence[str]
+    data: Any
+    places: Any
+
+    def shows_the_rows_of(self, other: _Table) -> bool:
+        """Whether both show the same rows in the same order, by the columns that they have in common."""
+        if (self.places is None) != (other.places is None):
+            return False
+        if self.places is not None and not self.places.column(0).equals(other.places.column(0)):
+            return False
+        shared = [name for name in self.columns if name in other.columns]
+        alike = [_alike(self.data.column(name), other.data.column(name)) for name in shared]
+        return True in alike and False not in alike
+
+
+def _table(rows: Any) -> _Table | None:
+    """The parts of a table of `datasets`; None for other data.
+
+    The places are no part of its public interface. A version that has them elsewhere gives None, so that
+    rows are refused unless each names its user.
+    """
+    columns, data = getattr(rows, "column_names", None), getattr(rows, "data", None)
+    if columns is None or not hasattr(data, "column") or not hasattr(rows, "_indices"):
+        return None
+    return _Table(columns, data, rows._indices)
 
 
 def _alike(one: Any, other: Any) -> bool | None:

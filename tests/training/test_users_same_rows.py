@@ -166,6 +166,45 @@ def test_a_host_that_reorders_when_it_is_made_is_refused(tmp_path: Path, users: 
         trainer(tmp_path, cls=Hosted, **users)  # type: ignore[arg-type]
 
 
+class Relisting(Trainer):
+    """Hands on a list of its own, in another order."""
+
+    def __init__(self, *args: Any, train_dataset: Any, **kwargs: Any) -> None:
+        super().__init__(*args, train_dataset=train_dataset[::-1], **kwargs)
+
+
+class Relisted(DPTrainerMixin, Relisting):
+    """Users given by place, of rows that the host turned round."""
+
+
+def test_rows_that_name_other_users_do_not_excuse_another_order(tmp_path: Path) -> None:
+    """Where ids are given by place, the column is not what rows are checked by."""
+    with pytest.raises(PrivacyError, match=r"^train_dataset: "):
+        trainer(tmp_path, cls=Relisted, train_dataset=rows(), users=OWNERS, data_collator=pad)  # type: ignore[arg-type]
+
+
+class Foreign:
+    """A table of a version that keeps its order elsewhere."""
+
+    def __init__(self, table: Dataset) -> None:
+        self.table, self.data, self.column_names = table, table.data, table.column_names
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.table[index]
+
+
+def test_tables_whose_order_does_not_show_must_name_their_users() -> None:
+    data = Foreign(table())
+    refuse_other_rows(data, Foreign(table()), "user_id")
+    for column, other in (("user_id", without_ids()), (None, table())):
+        for one, two in ((data, Foreign(other)), (data, other), (data.table, Foreign(other))):
+            with pytest.raises(PrivacyError, match=r"^train_dataset: "):
+                refuse_other_rows(one, two, column)
+
+
 def test_tables_with_nothing_in_common_may_be_in_any_order() -> None:
     data = without_ids()
     renamed = data.rename_columns({name: f"{name}_" for name in data.column_names})
