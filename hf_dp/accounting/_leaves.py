@@ -10,12 +10,14 @@ from hf_dp.events import (
     Composed,
     Continued,
     Gaussian,
+    Laplace,
     NeighboringRelation,
     NonPrivate,
     PoissonSampled,
     PoissonSampledContributions,
     PrivacyEvent,
     SampledWithoutReplacement,
+    ScaleMixtureLaplace,
     SelfComposed,
     Shuffled,
     TruncatedPoissonSampled,
@@ -24,6 +26,7 @@ from hf_dp.events import (
 Leaves = Mapping[PrivacyEvent, int]
 """Releases that are not compositions, each with how often it was made."""
 
+_LAPLACE = (Laplace, ScaleMixtureLaplace)
 _PRESENT_OR_NOT = frozenset(
     {NeighboringRelation.ADD_OR_REMOVE_ONE, NeighboringRelation.REPLACE_SPECIAL}
 )
@@ -101,19 +104,58 @@ def _holds_everybody(item: PrivacyEvent) -> TypeGuard[PoissonSampled | BallsInBi
     return type(item) is BallsInBins and item.num_batches == 1
 
 
+def drawn(leaf: PrivacyEvent) -> tuple[float, PrivacyEvent]:
+    """The chance that a unit is there, and what is then released.
+
+    Of a shuffled pass it is the one batch that holds the unit; the others cost nothing. A sampler of
+    which no more is known than its own events comes back whole, with chance 1.
+    """
+    if isinstance(leaf, PoissonSampled):
+        return leaf.sampling_probability, leaf.event
+    return 1.0, leaf.event if isinstance(leaf, Shuffled) else leaf
+
+
 def is_gaussian(leaf: PrivacyEvent) -> bool:
     """Whether a release is Gaussian noise on a sum, over all units, one pass or a Poisson sample."""
-    inner = leaf.event if isinstance(leaf, PoissonSampled | Shuffled) else leaf
-    return type(inner) is Gaussian
+    return type(drawn(leaf)[1]) is Gaussian
 
 
 def gaussian_parameters(leaf: PrivacyEvent) -> tuple[float, float]:
     """Sampling probability (1 without sampling) and noise multiplier of a release that `is_gaussian`."""
-    probability, inner = 1.0, leaf
-    if isinstance(leaf, PoissonSampled):
-        probability, inner = leaf.sampling_probability, leaf.event
-    elif isinstance(leaf, Shuffled):  # the one batch that holds the unit; the others cost nothing
-        inner = leaf.event
+    probability, inner = drawn(leaf)
     if not isinstance(inner, Gaussian):
         raise TypeError(f"{leaf!r} is not Gaussian; ask `is_gaussian` first")
     return probability, inner.noise_multiplier
+
+
+def is_laplace(leaf: PrivacyEvent) -> bool:
+    """Whether it is Laplace noise, of fixed or of drawn scale, over all, one pass or a Poisson sample."""
+    return type(drawn(leaf)[1]) in _LAPLACE
+
+
+def has_laplace_bound(leaf: PrivacyEvent) -> bool:
+    """Whether a release that `is_laplace` has a proven cost.
+
+    One kind has none: a scale for all coordinates together, of which there may be any number, where the
+    l2 norm is bounded. Its divergences would be E[exp(c lambda^2)], infinite for most laws.
+    """
+    inner = drawn(leaf)[1]
+    return not (
+        isinstance(inner, ScaleMixtureLaplace)
+        and (inner.draw, inner.norm, inner.dimension) == ("shared", "l2", None)
+    )
+
+
+def laplace_remedy(leaf: PrivacyEvent) -> str | None:
+    """What to do about a release with Laplace noise that has no proven cost; None if it has."""
+    if is_laplace(leaf):
+        if has_laplace_bound(leaf):
+            return None
+        return "Give the number of noised coordinates, clip in the l1 norm, or draw scales 'iid'."
+    inner = getattr(leaf, "event", None)
+    if type(inner) not in _LAPLACE:
+        return None
+    return (
+        "Laplace noise and its mixtures are accounted for over all units, a Poisson sample or a shuffled "
+        "pass: use sampling='poisson', or Gaussian noise."
+    )

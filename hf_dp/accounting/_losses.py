@@ -1,4 +1,4 @@
-"""Privacy losses of Gaussian releases, rounded to a grid so that they can be composed.
+"""Privacy losses, sampled or not, rounded to a grid so that they can be composed; those of Gaussians.
 
 dp-accounting has the same discretisation, one Python call per grid point; here it is vectorised, and
 arranged so that no digits cancel, which matters on fine grids.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -65,25 +66,8 @@ class SampledGaussian:
         return float(np.logaddexp(absent, math.log(self.sampling_probability) + exponent))
 
     def tail(self, epsilons: Floats, direction: Direction) -> Floats:
-        """delta(epsilon) of one release, for epsilons >= 0, ``(n,)``.
-
-        Sampling turns the profile g of the Gaussian mechanism into q g(level), times a factor in the
-        direction "add", where the level is the Gaussian's own loss at the same output.
-        """
-        q = self.sampling_probability
-        if q == 1:
-            return self._gaussian_tail(epsilons)
-        if direction == "remove":
-            small = np.minimum(epsilons, 30.0)
-            log_ratio = epsilons - math.log(q) + np.log1p(-(1 - q) * np.exp(-epsilons))
-            levels = np.where(epsilons < 30, np.log1p(np.expm1(small) / q), log_ratio)
-            return q * self._gaussian_tail(levels)
-        deltas = np.zeros_like(epsilons)
-        possible = np.expm1(-epsilons) > -q  # beyond that the loss never gets
-        inside = epsilons[possible]
-        levels = -np.log1p(np.expm1(-inside) / q)
-        deltas[possible] = q * np.exp(inside - levels) * self._gaussian_tail(levels)
-        return deltas
+        """delta(epsilon) of one release, for epsilons >= 0, ``(n,)``."""
+        return amplified(self._gaussian_tail, self.sampling_probability, epsilons, direction)
 
     def _gaussian_tail(self, levels: Floats) -> Floats:
         from scipy.special import log_ndtr, ndtr
@@ -127,6 +111,46 @@ class DiscreteLoss:
         ]
         moments: Floats = tilts * ends + np.log(np.maximum(rest, 1e-300))
         return moments
+
+
+def amplified(
+    profile: Callable[[Floats], Floats],
+    sampling_probability: float,
+    epsilons: Floats,
+    direction: Direction,
+) -> Floats:
+    """delta(epsilon) of a release over a Poisson sample, for epsilons >= 0, ``(n,)``.
+
+    Let the unsampled release be dominated by the pair (P, Q) in both directions, P where the unit is
+    there, with profile H(level) = H_level(P, Q), and let q be the probability. Given who else is drawn,
+    (1 - q) Q + q P exceeds e^epsilon Q by q (P - e^level Q) with e^level = 1 + (e^epsilon - 1) / q, and
+    Q exceeds e^epsilon ((1 - q) Q + q P) by q e^(epsilon - level) (Q - e^level P) with
+    e^-level = 1 + (e^-epsilon - 1) / q, by nothing where this is no positive number. Averaging over who
+    else is drawn adds nothing, because hockey-stick divergences are jointly convex.
+
+    Args:
+        profile: H at levels >= 0, ``(n,)``; the same for (Q, P).
+        sampling_probability: In (0, 1].
+        epsilons: >= 0, ``(n,)``.
+        direction: Which neighbour is the larger.
+
+    Source:
+        Zhu, Dong and Wang (2022), arXiv 2106.08567, theorem 11.
+    """
+    q = sampling_probability
+    if q == 1:
+        return profile(epsilons)
+    if direction == "remove":
+        small = np.minimum(epsilons, 30.0)
+        log_ratio = epsilons - math.log(q) + np.log1p(-(1 - q) * np.exp(-epsilons))
+        levels = np.where(epsilons < 30, np.log1p(np.expm1(small) / q), log_ratio)
+        return q * profile(levels)
+    deltas = np.zeros_like(epsilons)
+    possible = np.expm1(-epsilons) > -q  # beyond that the loss never gets
+    inside = epsilons[possible]
+    levels = -np.log1p(np.expm1(-inside) / q)
+    deltas[possible] = q * np.exp(inside - levels) * profile(levels)
+    return deltas
 
 
 class HasProfile(Protocol):

@@ -1,4 +1,4 @@
-"""From events to privacy losses, for samplers other than Poisson's."""
+"""From events to privacy losses, for samplers other than Poisson's and for Laplace noise."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Protocol
 
 from hf_dp.accounting._balls_in_bins import BallsInBinsPass
 from hf_dp.accounting._contributions import SampledContributions
+from hf_dp.accounting._laplace import has_laplace_loss, laplace_loss
 from hf_dp.accounting._leaves import Leaves
 from hf_dp.accounting._losses import Direction, DiscreteLoss
 from hf_dp.accounting._profiles import SampledSwap, TruncatedSample
@@ -40,6 +41,8 @@ class Release(Protocol):
 
 def has_loss(leaf: PrivacyEvent) -> bool:
     """Whether `release_of` knows the loss of a release that is not `is_gaussian`."""
+    if has_laplace_loss(leaf):
+        return True
     kinds = (
         BallsInBins,
         PoissonSampledContributions,
@@ -51,6 +54,8 @@ def has_loss(leaf: PrivacyEvent) -> bool:
 
 def release_of(leaf: PrivacyEvent) -> Release:
     """The privacy loss of a release that `has_loss`."""
+    if has_laplace_loss(leaf):
+        return laplace_loss(leaf)
     match leaf:
         case BallsInBins(num_batches, Gaussian(noise)):
             return BallsInBinsPass(num_batches, noise)
@@ -65,7 +70,7 @@ def release_of(leaf: PrivacyEvent) -> Release:
 
 
 def unamplified(leaves: Leaves) -> dict[PrivacyEvent, int]:
-    """Gaussian releases that are no more private than `leaves`: those of units that are always drawn.
+    """Releases with Rényi divergences that are no more private: Gaussian ones of units always drawn.
 
     A mixture's Renyi divergence is at most its worst part's, and there a unit moves the sum by one
     clipping norm, by two where it leaves its place to another, and by as many as it owns examples

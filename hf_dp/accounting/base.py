@@ -16,6 +16,7 @@ from hf_dp.accounting._leaves import (
     flatten,
     gaussian_parameters,
     is_gaussian,
+    laplace_remedy,
     relations_of,
 )
 from hf_dp.accounting.calibrate import smallest_noise
@@ -315,4 +316,7 @@ def _remedy(leaves: Iterable[PrivacyEvent], relation: NeighboringRelation) -> st
     able = [name for name, make in ACCOUNTANTS.items() if make().can_cost(leaves, relation)]
     if able:
         return f"Accountants that can cost it: {', '.join(able)}."
+    for leaf in leaves:
+        if remedy := laplace_remedy(leaf):
+            return remedy
     return "No accountant of hf_dp can cost it: choose another mechanism, sampler or relation."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ from hf_dp.accounting._leaves import flatten
 from hf_dp.errors import UnsupportedEventError, explain
 from hf_dp.events import (
     Gaussian,
+    Laplace,
     NonPrivate,
     PoissonSampled,
     PoissonSampledContributions,
@@ -33,7 +35,8 @@ def as_dp_event(event: PrivacyEvent | Iterable[PrivacyEvent]) -> DpEvent:
         event: One event, or several made one after another; a ledger's ``event()``.
 
     Raises:
-        UnsupportedEventError: dp-accounting has no such event (balls in bins).
+        UnsupportedEventError: dp-accounting has no such event (balls in bins, mixtures of
+            scales, Laplace noise where the l2 norm is bounded).
     """
     import dp_accounting
 
@@ -50,6 +53,8 @@ def _leaf(leaf: PrivacyEvent) -> DpEvent:
     match leaf:
         case Gaussian(noise) | Shuffled(_, Gaussian(noise)):
             return dp_accounting.GaussianDpEvent(noise)
+        case Laplace(noise, "l1") | Shuffled(_, Laplace(noise, "l1")):
+            return dp_accounting.LaplaceDpEvent(noise / math.sqrt(2))  # there it is the scale b
         case PoissonSampled(probability, inner):
             return dp_accounting.PoissonSampledDpEvent(probability, _leaf(inner))
         case PoissonSampledContributions(probability, most, Gaussian(noise)):

@@ -16,6 +16,7 @@ from hf_dp.accounting._composition import (
     log_moments,
     rounding_slack,
 )
+from hf_dp.accounting._leaves import is_laplace
 from hf_dp.accounting._losses import (
     DIRECTIONS,
     TILTS,
@@ -25,7 +26,7 @@ from hf_dp.accounting._losses import (
 )
 from hf_dp.accounting._releases import Release, has_loss, release_of, unamplified
 from hf_dp.accounting.base import Accountant, Leaves, StepBounds, gaussian_parameters, is_gaussian
-from hf_dp.accounting.rdp import epsilon_bounds
+from hf_dp.accounting.rdp import RDPAccountant, epsilon_bounds
 from hf_dp.errors import ConfigurationError, explain
 from hf_dp.events import NeighboringRelation, PrivacyEvent
 
@@ -64,10 +65,14 @@ class PLDAccountant(Accountant):
     relations = frozenset(NeighboringRelation)
 
     def supports(self, leaf: PrivacyEvent) -> bool:
-        """Gaussian noise on a sum over all units, or over a batch of any sampler of hf_dp."""
-        return is_gaussian(leaf) or has_loss(leaf)
+        """Gaussian noise with any sampler of hf_dp, Laplace noise with those that accountant 'rdp' knows."""
+        return is_gaussian(leaf) or has_loss(leaf) or RDPAccountant().supports(leaf)
 
     def _epsilon(self, leaves: Leaves, delta: float) -> float:
+        bound = _without_losses(leaves, delta)
+        return min(bound, self._composed(leaves, delta)) if _have_losses(leaves) else bound
+
+    def _composed(self, leaves: Leaves, delta: float) -> float:
         releases = _releases(leaves)
         usable = _usable_delta(delta, releases)
         scale = Scale.of(releases)
@@ -77,10 +82,20 @@ class PLDAccountant(Accountant):
         interval = scale.quick_interval(coarse, accuracy=1e-3)
         near = _epsilon_on_grid(releases, usable, interval)
         error = _epsilon_on_grid(releases, usable, 2 * interval) - near
-        interval = scale.fine_interval(near, error / (3 * interval**2))
+        error_at_one = error / (3 * interval**2)
+        if any(is_laplace(leaf) for leaf in leaves):
+            # Losses with atoms fit some grids by chance, which says nothing of the next.
+            error_at_one = max(error_at_one, float(scale.num_releases))
+        interval = scale.fine_interval(near, error_at_one)
         return _certified_epsilon(releases, usable, interval)
 
     def _quick_epsilon(self, leaves: Leaves, delta: float, near: float) -> float:
+        bound = _without_losses(leaves, delta)
+        if not _have_losses(leaves):
+            return bound
+        return min(bound, self._quickly_composed(leaves, delta, near))
+
+    def _quickly_composed(self, leaves: Leaves, delta: float, near: float) -> float:
         releases = _releases(leaves)
         usable = _usable_delta(delta, releases)
         scale = Scale.of(releases)
@@ -92,9 +107,10 @@ class PLDAccountant(Accountant):
         """The lesser of the Rényi bound, for every count, and a staircase through some exact points."""
 
         def bounds(first: int, last: int) -> NDArray[np.float64]:
-            return np.minimum(
-                epsilon_bounds(unamplified(leaves), delta, first, last), stairs(first, last)
-            )
+            by_moments = epsilon_bounds(unamplified(leaves), delta, first, last)
+            if not _have_losses(leaves):
+                return by_moments
+            return np.minimum(by_moments, stairs(first, last))
 
         def stairs(first: int, last: int) -> NDArray[np.float64]:
             scale = Scale.of(_releases(leaves, last))
@@ -114,6 +130,18 @@ class PLDAccountant(Accountant):
             return _epsilon_on_grid(releases, max(delta - slack, 0.0), interval, grid)
 
         return bounds
+
+
+def _have_losses(leaves: Leaves) -> bool:
+    """Whether the losses of all releases are known, so that they can be composed."""
+    return all(is_gaussian(leaf) or has_loss(leaf) for leaf in leaves)
+
+
+def _without_losses(leaves: Leaves, delta: float) -> float:
+    """The bound of accountant 'rdp', which Laplace noise may have alone, and is sometimes the lesser."""
+    if not any(is_laplace(leaf) for leaf in leaves):
+        return math.inf
+    return float(epsilon_bounds(unamplified(leaves), delta, 1, 1)[0])
 
 
 def merged_releases(leaves: Leaves, num_steps: int = 1) -> dict[SampledGaussian, int]:

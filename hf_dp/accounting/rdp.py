@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hf_dp.accounting._laplace import pure_epsilon
+from hf_dp.accounting._leaves import drawn, has_laplace_bound, is_laplace
+from hf_dp.accounting._renyi_laplace import laplace_divergences
 from hf_dp.accounting.base import Accountant, Leaves, StepBounds, gaussian_parameters, is_gaussian
 from hf_dp.events import PrivacyEvent
 
@@ -29,16 +33,16 @@ class RDPAccountant(Accountant):
         * An upper bound for every delta, however small (test: test_rdp_is_never_below_pld).
 
     Source:
-        Divergences: Mironov, Talwar and Zhang (2019), as computed by dp-accounting. Conversion:
-        Canonne, Kamath and Steinke (2020), proposition 12; for small divergences the total
+        Divergences: Mironov, Talwar and Zhang (2019), as computed by dp-accounting, for Gaussian
+        noise; `_renyi_laplace` for Laplace noise. Conversion: Canonne, Kamath and Steinke (2020), proposition 12; for small divergences the total
         variation bound of Bretagnolle and Huber.
     """
 
     name = "rdp"
 
     def supports(self, leaf: PrivacyEvent) -> bool:
-        """Gaussian noise on a sum over all units or over a Poisson sample."""
-        return is_gaussian(leaf)
+        """Gaussian or Laplace noise on a sum over all units, one pass or a Poisson sample."""
+        return is_gaussian(leaf) or (is_laplace(leaf) and has_laplace_bound(leaf))
 
     def _epsilon(self, leaves: Leaves, delta: float) -> float:
         return float(epsilon_bounds(leaves, delta, 1, 1)[0])
@@ -72,16 +76,25 @@ def epsilon_bounds(leaves: Leaves, delta: float, first: int, last: int) -> NDArr
     # A divergence r of any order >= 1 bounds the total variation by sqrt(1 - exp(-r)); where that is
     # at most delta, epsilon is 0.
     best[steps * np.min(per_step) < -np.log1p(-(delta**2))] = 0.0
+    np.minimum(best, steps * pure_total(leaves), out=best)
     bounds: NDArray[np.float64] = np.maximum(best, 0.0)
     return bounds
+
+
+def pure_total(leaves: Leaves) -> float:
+    """An epsilon at which no delta is needed; inf if one of the releases has none."""
+    return math.fsum(count * pure_epsilon(leaf) for leaf, count in leaves.items())
 
 
 def renyi_divergences(leaf: PrivacyEvent) -> NDArray[np.float64]:
     """Upper bounds on the Rényi divergences of one release, ``(len(ORDERS),)``; inf where unknown.
 
     Args:
-        leaf: A release that is a `sampled_gaussian`.
+        leaf: A release that `is_gaussian`, or that `is_laplace` and `has_laplace_bound`.
     """
+    if is_laplace(leaf):
+        probability, inner = drawn(leaf)
+        return laplace_divergences(probability, inner, ORDERS)
     return _divergences(*gaussian_parameters(leaf))
 
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from hf_dp._validate import one_of, positive
-from hf_dp.accounting.base import flatten, gaussian_parameters
+from hf_dp.accounting.base import flatten, gaussian_parameters, is_gaussian
 from hf_dp.accounting.guarantee import Guarantee
 from hf_dp.accounting.rdp import ORDERS, RDPAccountant, without_convergence_warnings
-from hf_dp.errors import ConfigurationError, explain
+from hf_dp.errors import ConfigurationError, UnsupportedEventError, explain
 from hf_dp.events import NeighboringRelation, PrivacyEvent, PrivacyUnit
 
 Distribution = Literal["poisson", "geometric", "logarithmic"]
@@ -71,7 +71,7 @@ def guarantee_of_best(
         relation: Which datasets count as neighbours.
 
     Raises:
-        UnsupportedEventError: A release of the run has no Renyi divergence here.
+        UnsupportedEventError: A release of the run has no Renyi divergence here, or no Gaussian noise.
 
     Guarantees:
         * An upper bound (test: test_the_price_of_selection_has_its_reference_values).
@@ -96,6 +96,16 @@ def _epsilon_of_best(run: Iterable[PrivacyEvent], repeats: RandomRepeats, delta:
 
     parts = []
     for leaf, count in flatten(run).items():
+        if not is_gaussian(leaf):
+            raise UnsupportedEventError(
+                explain(
+                    "guarantee_of_best.run",
+                    leaf,
+                    "releases with Gaussian noise",
+                    "The price of selection is computed from their divergences.",
+                    "Use Gaussian noise for a search, or release every run.",
+                )
+            )
         sampling_probability, noise_multiplier = gaussian_parameters(leaf)
         release = dp_accounting.GaussianDpEvent(noise_multiplier)
         sampled = dp_accounting.PoissonSampledDpEvent(sampling_probability, release)
