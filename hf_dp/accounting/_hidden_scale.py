@@ -150,5 +150,7 @@ class _LossTable:
 
     def _psi_slope(self, distances: Floats) -> Floats:
         law = self._law
-        slopes: Floats = -law.moment_second_derivative(-distances) / law.moment_derivative(-distances)
+        slopes: Floats = -law.moment_second_derivative(-distances) / law.moment_derivative(
+            -distances
+        )
         return slopes

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -88,9 +87,13 @@ class SampledNoise:
     def loss_range(self) -> tuple[float, float]:
         """Lowest and highest loss of the grid, in the direction "remove"."""
         high = self.noise.highest
-        absent = math.log1p(-self.sampling_probability) if self.sampling_probability < 1 else -np.inf
+        absent = (
+            math.log1p(-self.sampling_probability) if self.sampling_probability < 1 else -np.inf
+        )
         present = math.log(self.sampling_probability)
-        return float(np.logaddexp(absent, present - high)), float(np.logaddexp(absent, present + high))
+        return float(np.logaddexp(absent, present - high)), float(
+            np.logaddexp(absent, present + high)
+        )
 
     def tail(self, epsilons: Floats, direction: Direction) -> Floats:
         """delta(epsilon) of one release, for epsilons >= 0, ``(n,)``."""

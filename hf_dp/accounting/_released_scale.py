@@ -88,8 +88,8 @@ def _gamma_part(shape: float, scale: float, interval: float) -> tuple[Floats, fl
     def inside(order: float) -> Floats:
         """The chance of each cell, from the side on which fewer digits cancel."""
         below, above = np.diff(gammainc(order, points)), -np.diff(gammaincc(order, points))
-        chances: Floats = np.where(points[:-1] < shape, below, above)
-        return np.maximum(chances, 0.0)
+        chances: Floats = np.maximum(np.where(points[:-1] < shape, below, above), 0.0)
+        return chances
 
     chances = inside(shape)
     # x times the density of shape k is k times that of shape k + 1.

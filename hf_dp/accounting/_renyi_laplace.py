@@ -34,7 +34,7 @@ def laplace_divergences(
         orders: > 1; at fractions, sampled releases have looser bounds.
     """
     a = np.array(orders)
-    divergences = log_moments(inner, a) / (a - 1)
+    divergences: Floats = log_moments(inner, a) / (a - 1)
     if sampling_probability < 1:
         # Also of a sample: a mixture's divergence is at most that of its worst part.
         whole = np.arange(2.0, math.ceil(max(orders)) + 1)

@@ -34,8 +34,8 @@ class RDPAccountant(Accountant):
 
     Source:
         Divergences: Mironov, Talwar and Zhang (2019), as computed by dp-accounting, for Gaussian
-        noise; `_renyi_laplace` for Laplace noise. Conversion: Canonne, Kamath and Steinke (2020), proposition 12; for small divergences the total
-        variation bound of Bretagnolle and Huber.
+        noise; `_renyi_laplace` for Laplace noise. Conversion: Canonne, Kamath and Steinke (2020),
+        proposition 12; for small divergences the total variation bound of Bretagnolle and Huber.
     """
 
     name = "rdp"
