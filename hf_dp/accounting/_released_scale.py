@@ -109,9 +109,9 @@ def _split(chances: Floats, means: Floats, interval: float) -> Floats:
     """Move what is in cells to their ends.
 
     A point at the part x of a cell of length h keeps the mean of exp(-lambda / 2) if
-    (1 - e^(-x h / 2)) / (1 - e^(-h / 2)) of it goes to the upper end. That is less than x + h / 16:
-    as a function of x h it is concave, and it exceeds its chord by at most an eighth of h^2 times its
-    largest second derivative, (1 / 4) / (1 - e^(-h / 2)) <= (1 / 2) (1 + h / 2) / h.
+    (1 - e^(-x h / 2)) / (1 - e^(-h / 2)) of it goes to the upper end. That is at most
+    x + h (1 + h / 2) / 16: as a function of x h it is concave, and it exceeds its chord by at most h^2 / 8
+    times its largest second derivative, (1 / 4) / (1 - e^(-h / 2)) <= (1 + h / 2) / (2 h).
 
     Args:
         chances: Of the cells, ``(n,)``.
@@ -119,7 +119,8 @@ def _split(chances: Floats, means: Floats, interval: float) -> Floats:
         interval: Length of the cells.
     """
     up = np.clip(means + interval * (1 + interval / 2) / 16 + _NUDGE, 0.0, 1.0)
-    return np.append(chances * (1 - up), 0.0) + np.append(0.0, chances * up)
+    ends: Floats = np.append(chances * (1 - up), 0.0) + np.append(0.0, chances * up)
+    return ends
 
 
 @dataclass(frozen=True, eq=False)
