@@ -72,17 +72,6 @@ class PrivacyPlan:
                     "Choose a clipping policy and a mechanism with the same norm.",
                 )
             )
-        if self.loss_release is not None and self.clipping.norm != "l2":
-            raise ConfigurationError(
-                explain(
-                    "PrivacyPlan.loss_release",
-                    type(self.loss_release).__name__,
-                    f"None, as the clipping bounds the {self.clipping.norm} norm",
-                    "Gradient and loss share the sensitivity as the legs of a right triangle do, which "
-                    "holds in the l2 norm only.",
-                    "Release no loss, or clip in the l2 norm.",
-                )
-            )
 
     @property
     def unit(self) -> PrivacyUnit:

@@ -18,8 +18,8 @@ class ClippedSum:
 
     Attributes:
         grads: Parameter name -> summed clipped gradient, the parameter's shape, float32 or wider.
-        norms: L2 norm of each unit's gradient before clipping, ``(B,)``; not finite where the unit
-            was dropped.
+        norms: Norm of each unit's gradient before clipping, ``(B,)``, the L1 or L2 norm as the policy
+            has it; not finite where the unit was dropped.
         losses: Each unit's loss, ``(B,)``.
         loss_sum: The loss coordinate, a 0-d tensor, or None where no loss is released.
     """

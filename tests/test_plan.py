@@ -42,8 +42,8 @@ class SumsOfParts(ClippingPolicy):
     def sensitivity(self) -> float:
         return self.bound
 
-    def weights(self, squared_norms: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        return squared_norms
+    def weights(self, power_sums: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return power_sums
 
     def scaled(self, factor: float) -> SumsOfParts:
         return SumsOfParts(self.bound * factor)
@@ -112,10 +112,11 @@ def test_noise_for_another_norm_is_refused() -> None:
         plan(clipping=SumsOfParts())
 
 
-def test_a_loss_may_only_share_a_sensitivity_in_the_l2_norm() -> None:
-    assert plan(loss_release=LossRelease()).loss_release == LossRelease()
-    with pytest.raises(ConfigurationError, match=r"PrivacyPlan\.loss_release='LossRelease'.*l1"):
-        plan(clipping=SumsOfParts(), noise=OtherNoise(), loss_release=LossRelease())
+@pytest.mark.parametrize("clipping", [FlatClipping(0.5), SumsOfParts()])
+def test_a_loss_may_share_the_sensitivity_in_either_norm(clipping: ClippingPolicy) -> None:
+    noise = GaussianNoise(1.1) if clipping.norm == "l2" else OtherNoise()
+    made = plan(clipping=clipping, noise=noise, loss_release=LossRelease())
+    assert made.loss_release == LossRelease()
 
 
 @pytest.mark.parametrize("value", [0, -5, 1.5, None])
@@ -145,6 +146,7 @@ def test_the_description_is_plain_json_that_tells_plans_apart() -> None:
     assert described["clipping"] == {
         "type": "hf_dp.clipping.flat.FlatClipping",
         "clipping_norm": 0.5,
+        "norm": "l2",
     }
     assert described["noise"]["noise_multiplier"] == 1.1
     assert described["loss_release"]["share"] == 0.1

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from hf_dp.events import PrivacyEvent
-
-Norm = Literal["l1", "l2"]
+from hf_dp.events import Norm, PrivacyEvent
 
 
 class ClippingPolicy(ABC):
-    """Chooses each unit's weight from the squared norms of its gradient, parameter by parameter."""
+    """Chooses each unit's weight from the size of its gradient, parameter by parameter.
 
-    norm: ClassVar[Norm]
+    Attributes:
+        norm: In which the share of a unit is bounded; "l1" or "l2".
+    """
+
+    norm: Norm
 
     @property
     @abstractmethod
@@ -24,10 +25,13 @@ class ClippingPolicy(ABC):
         """Bound, in `norm`, on what one unit adds to the sum."""
 
     @abstractmethod
-    def weights(self, squared_norms: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    def weights(self, power_sums: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Weights of the units, from ``{parameter: (B,)}`` to ``{parameter: (B,)}``.
 
-        A unit whose squared norm is not finite in any parameter gets weight 0 in all of them.
+        Args:
+            power_sums: Of each unit's gradient with respect to one parameter the sum of squares where
+                `norm` is "l2", of absolute values where it is "l1". A unit for which it is not finite
+                in any parameter gets weight 0 in all of them.
         """
 
     @abstractmethod

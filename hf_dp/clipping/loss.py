@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_dp._validate import open_unit_interval, positive
+from hf_dp.events import Norm
 
 
 @dataclass(frozen=True)
@@ -16,12 +17,12 @@ class LossRelease:
     """How a unit's loss enters the release.
 
     Each unit appends ``share * C * min(loss, ceiling) / ceiling`` to its gradient, and the gradient is
-    clipped to ``sqrt(1 - share^2) * C``, so that the joint L2 norm stays within the sensitivity C and
-    the accounting does not change.
+    clipped to ``sqrt(1 - share^2) * C`` in the L2 norm, or to ``(1 - share) * C`` in the L1 norm, so that
+    the joint norm stays within the sensitivity C and the accounting does not change.
 
     Attributes:
         share: In (0, 1): how much of the sensitivity the coordinate gets. 0.1 costs the gradient 0.5%
-            of its norm.
+            of its L2 norm, or 10% of its L1 norm.
         ceiling: Losses above it count as this much, > 0, in the loss's own units.
 
     Guarantees:
@@ -47,10 +48,9 @@ class LossRelease:
             "Use about twice the loss of a model that guesses.",
         )
 
-    @property
-    def gradient_share(self) -> float:
-        """The part of the sensitivity that is left for the gradient."""
-        return math.sqrt(1 - self.share**2)
+    def gradient_share(self, norm: Norm) -> float:
+        """The part of a sensitivity in `norm` that is left for the gradient."""
+        return math.sqrt(1 - self.share**2) if norm == "l2" else 1 - self.share
 
     def coordinates(self, losses: Tensor, *, sensitivity: float) -> Tensor:
         """Each unit's coordinate, ``(B,)``, in [0, share * sensitivity]."""

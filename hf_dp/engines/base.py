@@ -125,7 +125,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def gradient_clipping(clipping: ClippingPolicy, loss_release: LossRelease | None) -> ClippingPolicy:
     """The policy for the gradient alone: what the loss's coordinate leaves of the sensitivity."""
-    return clipping if loss_release is None else clipping.scaled(loss_release.gradient_share)
+    if loss_release is None:
+        return clipping
+    return clipping.scaled(loss_release.gradient_share(clipping.norm))
 
 
 def released_losses(

@@ -6,7 +6,7 @@ Source:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -27,6 +27,7 @@ from hf_dp.engines.rows import batch_size
 from hf_dp.engines.sharded import refuse_sharded
 from hf_dp.engines.shares import Shares, cancelling
 from hf_dp.engines.vectorised import VectorisedEngine
+from hf_dp.engines.written_out import summed_written_out
 from hf_dp.sums import ClippedSum
 
 
@@ -34,6 +35,9 @@ class BookKeepingEngine(VectorisedEngine):
     """Vectorised per-example clipping in one backward pass, for layers that have a rule."""
 
     name: ClassVar[str] = "book_keeping"
+
+    def _written_at_once(self, sizes: Sequence[int]) -> int:
+        return sum(sizes)
 
     def _check(self, model: nn.Module, inputs: Mapping[str, Any], owners: Owners | None) -> None:
         if batch_size(inputs):
@@ -49,6 +53,16 @@ class BookKeepingEngine(VectorisedEngine):
         loss_release: LossRelease | None,
         owners: Owners | None,
     ) -> tuple[ClippedSum, bool]:
+        if clipping.norm == "l1":
+            return summed_written_out(
+                self.recorder,
+                model,
+                inputs,
+                example_loss=example_loss,
+                clipping=clipping,
+                loss_release=loss_release,
+                owners=owners,
+            )
         books = Books()
         with self.recorder.forward(model, inputs, example_loss, owners) as passed:
             passed.backward(books.add, on_group=books.add_group)

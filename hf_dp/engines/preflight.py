@@ -26,10 +26,13 @@ from hf_dp.engines.rows import batch_size, select_rows
 from hf_dp.engines.sequential import SequentialEngine
 from hf_dp.engines.undisturbed import draws, evaluation_flags, undisturbed
 from hf_dp.errors import PrivacyError, UncoveredParameterError, explain
+from hf_dp.events import Norm
 from hf_dp.sums import ClippedSum
 
 TOLERANCE = 1e-4
 """Relative, for float32; half precision needs about 5e-2."""
+
+_ORDERS: Mapping[Norm, int] = {"l1": 1, "l2": 2}
 
 Batch = Mapping[str, Any]
 Piece = tuple[Batch, Owners | None]
@@ -163,10 +166,11 @@ def _check_agreement(
 ) -> None:
     """The engine's norms and sums against ordinary autograd on one example after the other."""
     found, expected = trial.summed(engine, pieces), trial.summed(SequentialEngine(), alone)
-    gaps = _gaps(found.grads, expected.grads)
+    norm = trial.clipping.norm
+    gaps = _gaps(found.grads, expected.grads, norm)
     norms = torch.allclose(found.norms, expected.norms, rtol=tolerance, equal_nan=True)
-    size = _length(expected.grads)
-    if not norms or not _total(gaps) <= tolerance * max(size, trial.clipping.sensitivity):
+    size = _total(_gaps(expected.grads, {}, norm), norm)
+    if not norms or not _total(gaps, norm) <= tolerance * max(size, trial.clipping.sensitivity):
         worst = max(gaps, key=lambda name: gaps[name])
         raise UncoveredParameterError(
             explain(
@@ -189,7 +193,8 @@ def _check_influence(
     bound = trial.clipping.sensitivity * (1 + tolerance * num_rows)
     unit = "example" if pieces[0][1] is None else "user"
     for rest in _one_taken_out(pieces):
-        moved = _total(_gaps(whole, _released(trial.summed(engine, rest))))
+        norm = trial.clipping.norm
+        moved = _total(_gaps(whole, _released(trial.summed(engine, rest)), norm), norm)
         if not moved <= bound:
             raise PrivacyError(
                 explain(
@@ -223,21 +228,20 @@ def _released(summed: ClippedSum) -> dict[str, Tensor]:
     return {**summed.grads, **coordinate}
 
 
-def _gaps(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, float]:
-    return {name: _norm(found[name] - value) for name, value in expected.items()}
+def _gaps(
+    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], norm: Norm
+) -> dict[str, float]:
+    """By name, how long ``found - expected`` is in `norm`; what `expected` lacks is zero."""
+    return {name: _length(f - expected.get(name, 0.0), norm) for name, f in found.items()}
 
 
-def _length(grads: Mapping[str, Tensor]) -> float:
-    return _total({name: _norm(grad) for name, grad in grads.items()})
-
-
-def _norm(tensor: Tensor) -> float:
+def _length(tensor: Tensor, norm: Norm) -> float:
     # a long vector's norm in float32 comes out too small
-    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
+    return float(torch.linalg.vector_norm(tensor, _ORDERS[norm], dtype=torch.float64))
 
 
-def _total(parts: Mapping[str, float]) -> float:
-    return math.sqrt(sum(part**2 for part in parts.values()))
+def _total(parts: Mapping[str, float], norm: Norm) -> float:
+    return math.hypot(*parts.values()) if norm == "l2" else math.fsum(parts.values())
 
 
 def _owner(model: nn.Module, parameter: str) -> str:

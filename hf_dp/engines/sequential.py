@@ -21,11 +21,12 @@ from hf_dp.engines.base import (
     trainable_parameters,
 )
 from hf_dp.engines.owners import Owners, checked_owners
+from hf_dp.engines.powers import norms_of, power_sums
 from hf_dp.engines.precision import full_precision
 from hf_dp.engines.rows import batch_size, rows
 from hf_dp.engines.sharded import refuse_sharded
 from hf_dp.errors import UncoveredParameterError
-from hf_dp.layers.factors import Vec, wide
+from hf_dp.layers.factors import wide
 from hf_dp.sums import ClippedSum
 
 
@@ -101,14 +102,14 @@ def _clipped(
 ) -> ClippedSum:
     """The clipped sum of one unit, from its loss ``(1,)`` and its gradient."""
     with full_precision(loss.device):
-        squared = {name: Vec(grad[None]).squared_norm() for name, grad in grads.items()}
-        squared = {
-            name: values.masked_fill(~torch.isfinite(loss), torch.inf)
-            for name, values in squared.items()
+        bad = ~torch.isfinite(loss)
+        sums = {
+            name: power_sums(grad[None], clipping.norm).masked_fill(bad, torch.inf)
+            for name, grad in grads.items()
         }
-        total = torch.stack(list(squared.values())).sum(0)  # (1,)
+        total = torch.stack(list(sums.values())).sum(0)  # (1,)
         dropped = ~torch.isfinite(total)
-        weights = gradient_clipping(clipping, loss_release).weights(squared)
+        weights = gradient_clipping(clipping, loss_release).weights(sums)
         summed = {
             name: torch.zeros_like(grad)
             if bool(dropped)
@@ -117,7 +118,7 @@ def _clipped(
         }
     return ClippedSum(
         grads=summed,
-        norms=total.sqrt(),
+        norms=norms_of(total, clipping.norm),
         losses=loss,
         loss_sum=released_losses(loss, dropped, clipping, loss_release),
     )

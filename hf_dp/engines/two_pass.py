@@ -8,7 +8,7 @@ it was used, at the price of a second backward pass without weight gradients.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -23,12 +23,14 @@ from hf_dp.engines.base import (
     sums_of_all,
 )
 from hf_dp.engines.owners import Owners
+from hf_dp.engines.powers import norms_of, power_sums
 from hf_dp.engines.precision import full_precision
 from hf_dp.engines.recorder import Pass
 from hf_dp.engines.rows import batch_size
 from hf_dp.engines.sharded import Ranks, refuse_sharded
 from hf_dp.engines.shares import Shares, cancelling, checked_shape
 from hf_dp.engines.vectorised import VectorisedEngine
+from hf_dp.events import Norm
 from hf_dp.layers.factors import Factor, Mat, wide
 from hf_dp.sums import ClippedSum
 
@@ -41,6 +43,9 @@ class TwoPassEngine(VectorisedEngine):
     """
 
     name: ClassVar[str] = "two_pass"
+
+    def _written_at_once(self, sizes: Sequence[int]) -> int:
+        return max(sizes)
 
     def _check(self, model: nn.Module, inputs: Mapping[str, Any], owners: Owners | None) -> None:
         if owners is not None:
@@ -58,11 +63,14 @@ class TwoPassEngine(VectorisedEngine):
         owners: Owners | None,
     ) -> tuple[ClippedSum, bool]:
         ranks = Ranks(model)
+        if clipping.norm == "l1":
+            why = "Absolute values are taken of whole gradients, which no rank has."
+            refuse_sharded(model, "two_pass in the l1 norm", why, remedy="Clip in the l2 norm.")
         policy = gradient_clipping(clipping, loss_release)
         found: dict[str, Tensor] = {}
         with self.recorder.forward(model, inputs, example_loss, owners) as passed:
             parameters = passed.parameters
-            norms = _Norms(passed)
+            norms = _Norms(passed, clipping.norm)
             passed.backward(norms.measure, again=True)
             with full_precision(passed.losses.device):
                 apart = cancelling(norms.total(), norms.uncancelled, policy.sensitivity).nonzero()
@@ -86,7 +94,7 @@ class TwoPassEngine(VectorisedEngine):
             passed.backward(add)
         summed = ClippedSum(
             grads=ranks.own_parts(sums_of_all(parameters, found)),
-            norms=total.sqrt(),
+            norms=norms_of(total, clipping.norm),
             losses=passed.losses,
             loss_sum=released_losses(passed.losses, dropped, clipping, loss_release),
         )
@@ -95,9 +103,10 @@ class TwoPassEngine(VectorisedEngine):
 
 
 class _Norms:
-    """Squared norms per parameter, gathered as factors come and go."""
+    """Squared norms per parameter, or L1 norms of gradients written out, as factors come and go."""
 
-    def __init__(self, passed: Pass) -> None:
+    def __init__(self, passed: Pass, norm: Norm) -> None:
+        self._norm = norm
         self._passed = passed
         self._marks: dict[str, tuple[Tensor, Tensor]] = {}
         self._vectors: dict[int, Tensor] = {}
@@ -108,6 +117,10 @@ class _Norms:
         self.apart = zeros.new_zeros(0, 1, dtype=torch.long)
 
     def measure(self, name: str, factor: Factor) -> None:
+        if self._norm == "l1":
+            sums = power_sums(factor.dense().values, "l1")
+            self.squared[name] = sums.masked_fill(self.bad, torch.inf)
+            return
         self.squared[name] = factor.squared_norm().clamp_min(0).masked_fill(self.bad, torch.inf)
         self.uncancelled = self.uncancelled + factor.uncancelled()
         if isinstance(factor, Mat) and self._passed.recomputed:
@@ -125,14 +138,18 @@ class _Norms:
         again; then it shows by random sums of its rows whether it is the same. Other factors may come
         from a module that was run again, and may not have repeated itself.
         """
-        if isinstance(factor, Mat) and self._repeated(name, factor):
+        if self._norm == "l2" and isinstance(factor, Mat) and self._repeated(name, factor):
             return factor, weights
-        again = factor.squared_norm()
+        if self._norm == "l1":
+            factor = written = factor.dense()
+            again = power_sums(written.values, "l1")
+        else:
+            again = factor.squared_norm()
         for unit in self.apart:
             again[unit] = factor.select(unit).dense().squared_norm()
         lost = ~torch.isfinite(again)
         least = torch.finfo(again.dtype).tiny
-        ratio = (self.squared[name] / again.clamp_min(least)).clamp_max(1).sqrt()
+        ratio = norms_of((self.squared[name] / again.clamp_min(least)).clamp_max(1), self._norm)
         ratio = torch.where(again > least, ratio, torch.ones_like(ratio)).masked_fill(lost, 0)
         return (factor.without(lost) if bool(lost.any()) else factor), weights * ratio
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import operator
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -13,12 +14,14 @@ from torch import nn
 from hf_dp.clipping.base import ClippingPolicy
 from hf_dp.clipping.loss import LossRelease
 from hf_dp.engines.attribution import UnprovedError
-from hf_dp.engines.base import ExampleLoss, GradientEngine, empty_sum
+from hf_dp.engines.base import ExampleLoss, GradientEngine, empty_sum, trainable_parameters
 from hf_dp.engines.owners import Owners, checked_owners
 from hf_dp.engines.recorder import Recorder
 from hf_dp.engines.rows import batch_size
 from hf_dp.engines.sequential import SequentialEngine
+from hf_dp.engines.sharded import is_sharded
 from hf_dp.engines.taken_out import without_dropped
+from hf_dp.engines.written_out import cut, units_that_fit
 from hf_dp.layers.base import LayerRules
 from hf_dp.layers.recognise import DEFAULT_LAYER_RULES
 from hf_dp.layers.repeats import UnrepeatedError
@@ -65,6 +68,10 @@ class VectorisedEngine(GradientEngine):
                 owners=owned,
             )
 
+        fit = self._fit(model, clipping)
+        if (batch_size(inputs) if owners is None else owners.num_units) > fit:
+            parts = (summed_by(self, *part) for part in cut(inputs, owners, fit))
+            return functools.reduce(operator.add, parts)
         with contextlib.suppress(UnprovedError, UnrepeatedError):
             summed, dropped = self._clipped_sum(
                 model, inputs, example_loss, clipping, loss_release, owners
@@ -72,6 +79,17 @@ class VectorisedEngine(GradientEngine):
             again = functools.partial(summed_by, self)
             return without_dropped(summed, inputs, owners, again) if dropped else summed
         return summed_by(SequentialEngine(), inputs, owners)
+
+    def _fit(self, model: nn.Module, clipping: ClippingPolicy) -> int:
+        """How many units are clipped together at most."""
+        if clipping.norm == "l2" or is_sharded(model):
+            return 2**62
+        trained = list(trainable_parameters(model).values())
+        return units_that_fit(self._written_at_once([p.numel() for p in trained]), trained[0])
+
+    @abstractmethod
+    def _written_at_once(self, sizes: Sequence[int]) -> int:
+        """Numbers written out together for each unit, where parameters have these `sizes`."""
 
     @abstractmethod
     def _check(self, model: nn.Module, inputs: Mapping[str, Any], owners: Owners | None) -> None:

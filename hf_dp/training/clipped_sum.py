@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Hashable, Mapping, Sequence, Set
-from typing import Any
+from typing import Any, get_args
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
+from hf_dp._validate import one_of
 from hf_dp.clipping.flat import FlatClipping
 from hf_dp.engines import (
     AutomaticEngine,
@@ -20,6 +21,7 @@ from hf_dp.engines import (
 from hf_dp.engines.owners import Owners, UserReduction
 from hf_dp.engines.rows import batch_size, row, select_rows
 from hf_dp.errors import ConfigurationError, explain
+from hf_dp.events import Norm
 from hf_dp.layers import DEFAULT_LAYER_RULES, LayerRules
 from hf_dp.sums import ClippedSum
 from hf_dp.training.alone import definition_loss
@@ -37,18 +39,20 @@ def clipped_sum(
     batch: Mapping[str, Any],
     *,
     clipping_norm: float,
+    clipping_norm_type: Norm = "l2",
     engine: str | GradientEngine = "auto",
     example_loss: ExampleLoss | None = None,
     layer_rules: LayerRules = DEFAULT_LAYER_RULES,
     users: Sequence[Hashable] | None = None,
     user_reduction: UserReduction = "mean",
 ) -> ClippedSum:
-    """Sum over a batch of each example's gradient, clipped to L2 norm `clipping_norm`.
+    """Sum over a batch of each example's gradient, clipped to norm `clipping_norm`.
 
     With `users` the gradients of one user's examples are put together first, and clipped as one.
 
     The result is PRIVATE until noise of standard deviation ``noise_multiplier * clipping_norm`` is
-    added to every coordinate; accounting, sampling and the ledger are then yours.
+    added to every coordinate; accounting, sampling and the ledger are then yours. Gaussian noise is
+    accounted for by the L2 norm, Laplace noise by the L1 norm.
 
     A model under FSDP2 (``fully_shard``) is clipped by the two-pass engine: every rank passes as many
     examples of its own, and gets its shards (``DTensor``) of the sum over all ranks' examples; ``norms``
@@ -58,6 +62,8 @@ def clipped_sum(
         model: Trainable parameters are those with ``requires_grad``; its mode is left as it is.
         batch: What the model takes, labels included; tensors have the examples first, ``(B, ...)``.
         clipping_norm: Bound on each example's share, > 0.
+        clipping_norm_type: In which norm: "l2", or "l1", the sum of absolute values. For "l1" gradients
+            are written out for each example, which takes as many numbers as are trained.
         engine: "book_keeping", "two_pass", "sequential", or "auto", which chooses and falls back. In a
             loop pass one ``hf_dp.engines.engine_named("auto")`` to every call: an engine looks a new
             model over by running it a few times, and remembers it.
@@ -76,7 +82,13 @@ def clipped_sum(
         ConfigurationError: An argument is out of range, or the model mixes examples.
         UncoveredParameterError: ``engine="book_keeping"`` and a parameter has no layer rule.
     """
-    clipping = FlatClipping(clipping_norm)
+    one_of(
+        "clipped_sum.clipping_norm_type",
+        clipping_norm_type,
+        get_args(Norm),
+        "It is the norm for which noise is accounted.",
+    )
+    clipping = FlatClipping(clipping_norm, clipping_norm_type)
     refuse_model(model)
     owners: Owners | None = None
     if users is not None:

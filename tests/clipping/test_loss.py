@@ -28,11 +28,12 @@ def test_loss_coordinate_is_bounded(share: float, sensitivity: float) -> None:
 @pytest.mark.parametrize("share", [1e-6, 0.1, 0.5, 0.999])
 def test_gradient_and_loss_share_the_sensitivity(share: float) -> None:
     release = LossRelease(share=share)
-    assert math.hypot(release.share, release.gradient_share) == pytest.approx(1.0, abs=1e-15)
+    assert math.hypot(share, release.gradient_share("l2")) == pytest.approx(1.0, abs=1e-15)
+    assert share + release.gradient_share("l1") == pytest.approx(1.0, abs=1e-15)
 
 
-def test_a_tenth_costs_the_gradient_half_a_percent() -> None:
-    assert 1 - LossRelease().gradient_share == pytest.approx(0.005, rel=0.01)
+def test_a_tenth_costs_the_gradient_half_a_percent_of_its_l2_norm() -> None:
+    assert 1 - LossRelease().gradient_share("l2") == pytest.approx(0.005, rel=0.01)
 
 
 def test_the_mean_loss_is_what_went_in() -> None:

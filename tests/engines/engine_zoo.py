@@ -120,9 +120,13 @@ def hosts_loss(model: nn.Module, one: Batch) -> Tensor:
 
 
 def naive(
-    model: nn.Module, inputs: Batch, clipping_norm: float, loss_of: OneLoss = own_losses
+    model: nn.Module,
+    inputs: Batch,
+    clipping_norm: float,
+    loss_of: OneLoss = own_losses,
+    order: int = 2,
 ) -> ClippedSum:
-    """One example, one backward pass, one clip, one addition; the result in a `ClippedSum`."""
+    """One example, one backward pass, one clip (L1 with `order` 1), one addition, in a `ClippedSum`."""
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     sums = {n: torch.zeros_like(p, dtype=torch.float64) for n, p in parameters.items()}
     norms, losses = [], []
@@ -132,7 +136,7 @@ def naive(
         if loss.requires_grad:
             grads = torch.autograd.grad(loss.sum(), list(parameters.values()), allow_unused=True)
         written = [g.double() for g in grads if g is not None]
-        norm = torch.cat([g.reshape(-1) for g in written] or [torch.zeros(1)]).double().norm()
+        norm = torch.cat([g.reshape(-1) for g in written] or [torch.zeros(1)]).double().norm(order)
         weight = min(1.0, clipping_norm / float(norm)) if norm > 0 else 1.0
         for total, grad in zip(sums.values(), grads, strict=True):
             if grad is not None:
@@ -147,9 +151,9 @@ def half_clipped(norms: Tensor) -> float:
     return float(norms[norms > 0].median())
 
 
-def length(grads: Mapping[str, Tensor]) -> float:
-    """Joint L2 norm, in float64."""
-    return sum(float(g.double().square().sum()) for g in grads.values()) ** 0.5
+def length(grads: Mapping[str, Tensor], order: int = 2) -> float:
+    """Joint L2 norm, or L1 norm with `order` 1, in float64."""
+    return sum(float(g.double().abs().pow(order).sum()) for g in grads.values()) ** (1 / order)
 
 
 def difference(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, Tensor]:

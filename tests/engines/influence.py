@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hf_dp.clipping import FlatClipping, LossRelease
 from hf_dp.engines import engine_named
 from hf_dp.engines.base import ExampleLoss
+from hf_dp.events import Norm
 from hf_dp.sums import ClippedSum
 
 ENGINES = ["book_keeping", "two_pass", "sequential", "auto"]
@@ -54,13 +55,14 @@ def clipped(
     loss: ExampleLoss = of_rows,
     *,
     clipping_norm: float = C,
+    norm: Norm = "l2",
     release: LossRelease | None = None,
 ) -> ClippedSum:
     return engine_named(engine).clipped_sum(
         model,
         inputs,
         example_loss=loss,
-        clipping=FlatClipping(clipping_norm),
+        clipping=FlatClipping(clipping_norm, norm),
         loss_release=release,
     )
 

@@ -157,16 +157,16 @@ def test_a_parameter_that_is_not_covered_is_named() -> None:
 
 
 class TwiceTheBound(FlatClipping):
-    def weights(self, squared_norms: Any) -> Any:
-        return {name: 2 * w for name, w in super().weights(squared_norms).items()}
+    def weights(self, power_sums: Any) -> Any:
+        return {name: 2 * w for name, w in super().weights(power_sums).items()}
 
     def scaled(self, factor: float) -> FlatClipping:
         return TwiceTheBound(self.clipping_norm * factor)
 
 
 class NoClipping(FlatClipping):
-    def weights(self, squared_norms: Any) -> Any:
-        return {name: torch.ones_like(square) for name, square in squared_norms.items()}
+    def weights(self, power_sums: Any) -> Any:
+        return {name: torch.ones_like(square) for name, square in power_sums.items()}
 
     def scaled(self, factor: float) -> FlatClipping:
         return NoClipping(self.clipping_norm * factor)
@@ -175,9 +175,9 @@ class NoClipping(FlatClipping):
 class ByTheBatch(FlatClipping):
     """Each example's weight depends on the largest norm among its batch mates."""
 
-    def weights(self, squared_norms: Any) -> Any:
-        largest = torch.stack(list(squared_norms.values())).sum(0).max().sqrt()
-        return {n: (self.clipping_norm / largest).expand(len(s)) for n, s in squared_norms.items()}
+    def weights(self, power_sums: Any) -> Any:
+        largest = torch.stack(list(power_sums.values())).sum(0).max().sqrt()
+        return {n: (self.clipping_norm / largest).expand(len(s)) for n, s in power_sums.items()}
 
     def scaled(self, factor: float) -> FlatClipping:
         return ByTheBatch(self.clipping_norm * factor)

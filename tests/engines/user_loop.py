@@ -28,6 +28,7 @@ def by_users(
     *,
     reduction: str = "mean",
     loss_of: OneLoss = own_losses,
+    order: int = 2,
 ) -> ClippedSum:
     """One user, each of its rows alone, one gradient of their mean or sum, one clip, one addition."""
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -41,7 +42,7 @@ def by_users(
         if loss.requires_grad:
             grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         written = [g.double().reshape(-1) for g in grads if g is not None]
-        norm = torch.cat(written or [torch.zeros(1).double()]).norm()
+        norm = torch.cat(written or [torch.zeros(1).double()]).norm(order)
         weight = min(1.0, clipping_norm / float(norm)) if norm > 0 else 1.0
         for total, grad in zip(sums.values(), grads, strict=True):
             if grad is not None:

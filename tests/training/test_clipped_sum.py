@@ -62,6 +62,35 @@ def test_it_equals_a_loop_over_the_examples(engine: str, double: bool) -> None:
     assert distance(result.grads, loop(model, inputs, 0.81 * 0.99)[0]) > 1e-4, "the loop sees 1%"
 
 
+@pytest.mark.parametrize("engine", ["auto", "book_keeping", "two_pass", "sequential"])
+def test_examples_are_clipped_in_the_l1_norm_if_asked(engine: str) -> None:
+    model, inputs = tiny_bert().double(), collate(ROWS)
+    found = [
+        hf_dp.clipped_sum(
+            model,
+            {name: value[i : i + 1] for name, value in inputs.items()},
+            clipping_norm=4.0,
+            clipping_norm_type="l1",
+            engine=engine,
+        )
+        for i in range(len(ROWS))
+    ]
+    for one in found:
+        size = sum(float(grad.abs().sum()) for grad in one.grads.values())
+        assert size == pytest.approx(min(4.0, float(one.norms)), rel=1e-12 if size < 4 else 1e-9)
+    assert any(float(one.norms) > 4 for one in found)
+
+
+def test_there_is_no_third_norm_to_clip_in() -> None:
+    with pytest.raises(ConfigurationError, match=r"clipped_sum\.clipping_norm_type='max'.*l1"):
+        hf_dp.clipped_sum(
+            tiny_bert(),
+            collate(ROWS),
+            clipping_norm=1.0,
+            clipping_norm_type="max",  # type: ignore[arg-type]
+        )
+
+
 def test_an_engine_that_is_kept_looks_the_model_over_once() -> None:
     model, inputs, engine = tiny_bert(), collate(ROWS), engine_named("auto")
     passes: list[int] = []

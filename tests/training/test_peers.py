@@ -279,7 +279,7 @@ def test_p17_what_reaches_the_optimizer_is_clipped_and_noised(tmp_path: Path) ->
 def test_the_fault_of_p1_would_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = FlatClipping.weights
     monkeypatch.setattr(
-        FlatClipping, "weights", lambda _, squared_norms: weights(FlatClipping(1.0), squared_norms)
+        FlatClipping, "weights", lambda _, power_sums: weights(FlatClipping(1.0), power_sums)
     )
     with pytest.raises(PrivacyError, match="It moved by"):  # the preflight sees it, too
         test_p1_each_example_is_clipped_to_the_norm_that_was_asked_for(tmp_path / "a", 0.1, "auto")
