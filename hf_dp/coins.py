@@ -33,6 +33,7 @@ except ImportError:  # a Python that was built without OpenSSL
     ssl = None
 
 _BLOCK = 1 << 17  # values drawn at a time, so that they stay in the cache
+_HALF = 1 << 52
 _KEY_BYTES = 48  # what AES-256 in counter mode is seeded with
 
 
@@ -48,6 +49,13 @@ class Coins(ABC):
     @abstractmethod
     def normal_like(self, tensor: Tensor) -> Tensor:
         """Independent N(0, 1) draws of `tensor`'s shape and device, in its dtype."""
+
+    @abstractmethod
+    def signed_uniforms(self, count: int, device: torch.device) -> Tensor:
+        """Independent uniform draws on (-1, 1), ``(count,)`` float64 on `device`; 53 bits each.
+
+        Odd multiples of 2^-53, so none is 0 and none is 1; the device must know float64.
+        """
 
     @contextlib.contextmanager
     def for_library_code(self) -> Iterator[None]:
@@ -96,6 +104,22 @@ class SecretCoins(Coins):
             _fill_normal(flat[start : start + _BLOCK])
         return flat.view(tensor.shape)
 
+    def signed_uniforms(self, count: int, device: torch.device) -> Tensor:
+        if device.type != "cpu":
+            generator = torch.Generator(device=device)
+            generator.manual_seed(int(self.bits(1)[0] >> np.uint64(1)))
+            return _centred(
+                torch.randint(-_HALF, _HALF, (count,), generator=generator, device=device)
+            )
+        if count == 0:
+            return torch.empty(0, dtype=torch.float64)
+        return _centred(torch.frombuffer(_secret_bytes(8 * count), dtype=torch.int64) >> 11)
+
+
+def _centred(whole: Tensor) -> Tensor:
+    """Whole numbers from [-2^52, 2^52) to the middles of as many cells of (-1, 1), exactly."""
+    return whole.double().add_(0.5).mul_(1.0 / _HALF)
+
 
 def _fill_normal(block: Tensor) -> None:
     """Box-Muller in float64, on 53 bits a draw; `block` is 1-d."""
@@ -135,3 +159,6 @@ class FixedCoins(Coins):
     def normal_like(self, tensor: Tensor) -> Tensor:
         draws = torch.randn(tensor.shape, generator=self.generator, dtype=tensor.dtype)
         return draws.to(tensor.device)
+
+    def signed_uniforms(self, count: int, device: torch.device) -> Tensor:
+        return _centred(torch.randint(-_HALF, _HALF, (count,), generator=self.generator)).to(device)

@@ -6,7 +6,7 @@ HfDpError
 │   ├── UnsupportedEventError     choose another accountant or mechanism
 │   ├── UncoveredParameterError   freeze the parameter, add a rule, or use the sequential engine
 │   └── BudgetExhaustedError      the target epsilon is spent
-├── testing.DisagreementError mend the layer rule or the model that was checked
+├── testing.DisagreementError mend the layer rule, model or mechanism that was checked
 └── LedgerError               the record of what was released cannot be trusted or used
     ├── LedgerCorruptError        restore the file from a copy
     ├── LedgerInUseError          another process is writing it

@@ -24,7 +24,6 @@ from hf_dp.events import (
     to_json,
 )
 from hf_dp.noise.base import NoiseMechanism
-from hf_dp.noise.gaussian import GaussianNoise
 from hf_dp.sampling.base import BatchSampler
 
 
@@ -124,17 +123,7 @@ class PrivacyPlan:
 
     def with_noise_multiplier(self, noise_multiplier: float) -> PrivacyPlan:
         """The same plan with other noise of the same kind."""
-        if not isinstance(self.noise, GaussianNoise):
-            raise ConfigurationError(
-                explain(
-                    "PrivacyPlan.noise",
-                    type(self.noise).__name__,
-                    "GaussianNoise",
-                    "Only its size is one number that an accountant can choose.",
-                    "Pass a plan whose noise is already sized, without target_epsilon.",
-                )
-            )
-        return dataclasses.replace(self, noise=GaussianNoise(noise_multiplier))
+        return dataclasses.replace(self, noise=self.noise.with_noise_multiplier(noise_multiplier))
 
     def describe(self) -> dict[str, Any]:
         """Every part by qualified name and public fields, as plain JSON (the ledger's header)."""

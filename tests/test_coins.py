@@ -178,6 +178,45 @@ def test_without_openssl_the_operating_system_gives_every_bit(
     assert looks_normal(drawn.numpy())
 
 
+# ---- uniform draws -------------------------------------------------------------------------------
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("coins", [SecretCoins(), fixed()])
+@pytest.mark.statistical
+def test_signed_uniforms_are_uniform_down_to_the_last_bit(coins: Coins) -> None:
+    drawn = coins.signed_uniforms(200_000, CPU)
+    assert (drawn.shape, drawn.dtype) == ((200_000,), torch.float64)
+    assert stats.kstest(drawn.numpy(), stats.uniform(-1, 2).cdf).pvalue > FALSE_ALARM / 2
+    cells = (drawn * 2.0**52 - 0.5).numpy()
+    assert (cells == np.rint(cells)).all()
+    bits = (cells.astype(np.int64)[:, None] >> np.arange(52)) & 1
+    low, high = stats.binom.ppf([FALSE_ALARM / 208, 1 - FALSE_ALARM / 208], len(drawn), 0.5)
+    assert low <= bits.sum(0).min() <= bits.sum(0).max() <= high
+    assert coins.signed_uniforms(0, CPU).shape == (0,)
+
+
+@pytest.mark.parametrize("word", [-(1 << 63), (1 << 63) - 1, 0, -1])
+def test_signed_uniforms_never_are_zero_or_one(monkeypatch: pytest.MonkeyPatch, word: int) -> None:
+    word_bytes = word.to_bytes(8, "little", signed=True)
+    monkeypatch.setattr(coins_module, "_secret_bytes", lambda _: bytearray(word_bytes))
+    drawn = float(SecretCoins().signed_uniforms(1, CPU))
+    assert 2.0**-53 <= abs(drawn) <= 1 - 2.0**-53
+    assert (drawn < 0) == (word < 0)
+
+
+def test_signed_uniforms_ignore_every_seed_and_fixed_ones_repeat() -> None:
+    drawn = []
+    for _ in range(2):
+        seed_everything()
+        before = torch.get_rng_state()
+        drawn.append(SecretCoins().signed_uniforms(4, CPU).tolist())
+        assert torch.equal(torch.get_rng_state(), before)
+    assert not set(drawn[0]) & set(drawn[1])
+    assert torch.equal(fixed(3).signed_uniforms(5, CPU), fixed(3).signed_uniforms(5, CPU))
+
+
 # ---- fixed -----------------------------------------------------------------------------------------
 
 
@@ -271,3 +310,9 @@ def test_draws_on_an_accelerator_are_keyed_anew_each_time() -> None:
     other = SecretCoins().normal_like(like)
     assert one.device.type == "cuda"
     assert float((one == other).float().mean()) < 1e-2
+    torch.manual_seed(0)
+    signed = SecretCoins().signed_uniforms(1000, like.device)
+    torch.manual_seed(0)
+    assert signed.device.type == "cuda"
+    assert signed.dtype is torch.float64
+    assert not bool((signed == SecretCoins().signed_uniforms(1000, like.device)).any())

@@ -26,9 +26,10 @@ from hf_dp.events import (
     Shuffled,
     from_json,
 )
-from hf_dp.noise import GaussianNoise, NoiseMechanism
+from hf_dp.noise import GaussianNoise, LaplaceNoise, NoiseMechanism, ScaleMixtureNoise
 from hf_dp.plan import PrivacyPlan
 from hf_dp.sampling import BallsInBinsSampling, PoissonSampling, ShuffledSampling
+from hf_dp.scale_law import ScaleLaw
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +111,29 @@ def test_noise_for_another_norm_is_refused() -> None:
         plan(noise=OtherNoise())
     with pytest.raises(ConfigurationError, match=r"PrivacyPlan\.noise='GaussianNoise'.*l1 norm"):
         plan(clipping=SumsOfParts())
+
+
+@pytest.mark.parametrize(
+    "noise",
+    [
+        GaussianNoise(1.5, norm="l1"),
+        LaplaceNoise(1.5),
+        ScaleMixtureNoise(ScaleLaw(3.0, 0.5), "shared", dimension=9),
+    ],
+    ids=lambda noise: type(noise).__name__,
+)
+def test_noise_of_each_kind_can_be_chosen_by_its_size_and_described(noise: NoiseMechanism) -> None:
+    sized = plan(clipping=SumsOfParts(), noise=noise)
+    chosen = sized.with_noise_multiplier(2.5)
+    assert chosen.noise.noise_multiplier == pytest.approx(2.5, rel=1e-12)
+    assert type(chosen.noise) is type(noise)
+    assert chosen.with_noise_multiplier(noise.noise_multiplier).describe()["noise"].keys() == (
+        sized.describe()["noise"].keys()
+    )
+    described = json.loads(json.dumps(sized.describe()))
+    assert described == sized.describe()
+    assert from_json(described["step_event"]) == sized.step_event
+    assert described != chosen.describe()
 
 
 @pytest.mark.parametrize("clipping", [FlatClipping(0.5), SumsOfParts()])

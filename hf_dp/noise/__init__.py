@@ -2,5 +2,7 @@
 
 from hf_dp.noise.base import NoiseMechanism
 from hf_dp.noise.gaussian import GaussianNoise
+from hf_dp.noise.laplace import LaplaceNoise
+from hf_dp.noise.scale_mixture import ScaleMixtureNoise
 
-__all__ = ["GaussianNoise", "NoiseMechanism"]
+__all__ = ["GaussianNoise", "LaplaceNoise", "NoiseMechanism", "ScaleMixtureNoise"]

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import get_args
 
 from torch import Tensor
 
-from hf_dp._validate import positive
+from hf_dp._validate import one_of, positive
 from hf_dp.coins import Coins
-from hf_dp.events import Gaussian
-from hf_dp.noise.base import NoiseMechanism
+from hf_dp.events import Gaussian, Norm
+from hf_dp.noise.base import NoiseMechanism, released
 from hf_dp.sums import ClippedSum, NoisySum
 
 
@@ -20,6 +21,8 @@ class GaussianNoise(NoiseMechanism):
 
     Attributes:
         noise_multiplier: Standard deviation divided by sensitivity, > 0.
+        norm: "l2", or "l1" beside clipping in that norm. The l2 norm is never above the l1 norm, so
+            the event is the same.
 
     Guarantees:
         * Every coordinate of the release, the loss's included, gets noise (test:
@@ -30,8 +33,7 @@ class GaussianNoise(NoiseMechanism):
     """
 
     noise_multiplier: float
-
-    norm: ClassVar[Literal["l1", "l2"]] = "l2"
+    norm: Norm = "l2"
 
     def __post_init__(self) -> None:
         positive(
@@ -40,6 +42,7 @@ class GaussianNoise(NoiseMechanism):
             "Without noise nothing is private.",
             "Use transformers.Trainer to train without privacy.",
         )
+        one_of("GaussianNoise.norm", self.norm, get_args(Norm), "It must be the clipping's.")
 
     def event(self) -> Gaussian:
         return Gaussian(self.noise_multiplier)
@@ -50,6 +53,7 @@ class GaussianNoise(NoiseMechanism):
         def noised(tensor: Tensor) -> Tensor:
             return tensor.add_(coins.normal_like(tensor), alpha=deviation)
 
-        grads = {name: noised(grad) for name, grad in summed.grads.items()}
-        loss_sum = None if summed.loss_sum is None else noised(summed.loss_sum)
-        return NoisySum(grads=grads, loss_sum=loss_sum)
+        return released(summed, noised)
+
+    def with_noise_multiplier(self, noise_multiplier: float) -> GaussianNoise:
+        return dataclasses.replace(self, noise_multiplier=noise_multiplier)

@@ -6,4 +6,4 @@ from hf_dp.errors import HfDpError
 
 
 class DisagreementError(HfDpError, AssertionError):
-    """What was checked is not what plain autograd gives on one example at a time."""
+    """What was checked is not what it should be: plain autograd one example at a time, or a law."""

@@ -167,6 +167,15 @@ def test_the_event_is_the_multiplier_that_is_used() -> None:
     assert GaussianNoise(1.7).norm == "l2"
 
 
+def test_beside_clipping_in_the_l1_norm_it_is_the_same_event() -> None:
+    """The l2 norm of what one unit moves is at most its l1 norm."""
+    noise = GaussianNoise(1.7, norm="l1")
+    assert noise.event() == Gaussian(1.7)
+    assert noise.with_noise_multiplier(2.0) == GaussianNoise(2.0, norm="l1")
+    with pytest.raises(ConfigurationError, match=r"GaussianNoise\.norm='l0'.*the clipping's"):
+        GaussianNoise(1.7, norm="l0")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("value", [0, -1.0, math.inf, math.nan, None, "1", True])
 def test_noise_that_is_none_is_refused(value: Any) -> None:
     with pytest.raises(ConfigurationError, match=r"GaussianNoise\.noise_multiplier=.*> 0"):

@@ -97,7 +97,7 @@ def test_the_text_states_claim_parts_and_assumptions(tmp_path: Path) -> None:
     assert rest[0].startswith("neighbours: replace one example by one that contributes nothing")
     assert "sampler: PoissonSampling(sampling_probability=0.02)" in rest
     assert "clipping: FlatClipping(clipping_norm=0.5, norm=l2)" in rest
-    assert "noise: GaussianNoise(noise_multiplier=1.1)" in rest
+    assert "noise: GaussianNoise(noise_multiplier=1.1, norm=l2)" in rest
     assert "releases: 40 of 100 planned, over 10000 examples" in text
     assert "hyper-parameters" in text
     assert "NOT PRIVATE" not in text
