@@ -179,6 +179,17 @@ class LogicalBatchCollator:
         hidden = first == 0 and self.length_key == "input_ids"  # the collator makes the tokens
         for batch in batches:
             mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+            if (
+                mask is None
+                and hidden
+                and not (isinstance(batch, Mapping) and "input_ids" in batch)
+            ):
+                raise self._refusal(
+                    "an attention_mask, or examples with the field that model.main_input_name says "
+                    "('input_ids' where a model says none), whose length shows that nothing is padded",
+                    "Name the field that your model takes: model.main_input_name = 'pixel_values', say. "
+                    "Where its length differs, return attention_mask from the collator.",
+                )
             if mask is None and (first != last or hidden):
                 raise self._refusal(
                     "an attention_mask for examples of different lengths",

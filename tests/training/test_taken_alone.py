@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_runs import Sentences, collate, trainer_for
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_dp import DPTrainer
@@ -116,3 +116,35 @@ def test_padding_that_nothing_marks_is_refused() -> None:
     )
     with pytest.raises(ConfigurationError, match="attention_mask"):
         hidden(["1", "2", "3", "4"])
+
+
+class Plain(nn.Module):
+    """A module of one's own, of which nothing says what it takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(self.layer(x), labels, reduction="none")
+
+
+@pytest.mark.parametrize("unit", [{}, {"privacy_unit": "user"}])
+def test_a_module_that_names_no_input_is_told_to(tmp_path: Path, unit: dict[str, str]) -> None:
+    """With batches of several rows and the host's own collator, which pads nothing."""
+    data = [
+        {"x": torch.full((3,), 0.1 * row), "labels": row % 2, "user_id": row % 5}
+        for row in range(20)
+    ]
+    options: dict[str, Any] = {
+        "train_dataset": data if unit else [{**row, "user_id": 0} for row in data],
+        "example_loss": lambda model, batch: model(batch["x"], batch["labels"]),
+        "data_collator": None,
+        "host": {"max_steps": 1},
+        "dp": {**unit, "expected_batch_size": 5},
+    }
+    with pytest.raises(ConfigurationError, match=r"model\.main_input_name = "):
+        trainer_for(tmp_path / "unnamed", model=Plain(), **options).train()
+    model = Plain()
+    model.main_input_name = "x"
+    trainer_for(tmp_path / "named", model=model, **options).train()
