@@ -74,7 +74,7 @@ class PLDAccountant(Accountant):
 
     def _composed(self, leaves: Leaves, delta: float) -> float:
         releases = _releases(leaves)
-        usable = _usable_delta(delta, releases)
+        usable = _usable_delta(delta, releases, leaves)
         scale = Scale.of(releases)
         if scale.is_hopeless:
             return float(epsilon_bounds(unamplified(leaves), delta, 1, 1)[0])
@@ -97,7 +97,7 @@ class PLDAccountant(Accountant):
 
     def _quickly_composed(self, leaves: Leaves, delta: float, near: float) -> float:
         releases = _releases(leaves)
-        usable = _usable_delta(delta, releases)
+        usable = _usable_delta(delta, releases, leaves)
         scale = Scale.of(releases)
         if scale.is_hopeless:
             return float(epsilon_bounds(unamplified(leaves), delta, 1, 1)[0])
@@ -177,18 +177,22 @@ def _releases(leaves: Leaves, num_steps: int = 1) -> dict[Release, int]:
     return releases
 
 
-def _usable_delta(delta: float, releases: Releases) -> float:
+def _usable_delta(delta: float, releases: Releases, leaves: Leaves) -> float:
     """`delta` less what rounding can hide; refused where not enough is left."""
     slack = rounding_slack(sum(releases.values()))
     if delta < MIN_DELTA or slack > delta / 2:
         least = max(MIN_DELTA, 2 * slack)
+        limitless = all(map(RDPAccountant().supports, leaves))
         raise ConfigurationError(
             explain(
                 "PLDAccountant.delta",
                 delta,
                 f"at least {least:.1e} for this number of releases",
                 "Rounding in its Fourier transforms could hide a smaller delta.",
-                "Use the accountant 'rdp', which has no such limit, or a larger delta.",
+                "Use the accountant 'rdp', which has no such limit, or a larger delta."
+                if limitless
+                else "Use a larger delta: the accountant 'rdp', which has no such limit, cannot cost "
+                "these releases.",
             )
         )
     return delta - slack

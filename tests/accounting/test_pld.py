@@ -15,7 +15,16 @@ from hf_dp.accounting import PLDAccountant, RDPAccountant, _composition
 from hf_dp.accounting import pld as pld_module
 from hf_dp.accounting._losses import DIRECTIONS, DiscreteLoss, SampledGaussian, discretise
 from hf_dp.errors import ConfigurationError
-from hf_dp.events import Composed, Gaussian, PoissonSampled, PrivacyEvent, SelfComposed
+from hf_dp.events import (
+    BallsInBins,
+    Composed,
+    Gaussian,
+    NeighboringRelation,
+    PoissonSampled,
+    PrivacyEvent,
+    SelfComposed,
+    TruncatedPoissonSampled,
+)
 
 Exact = Callable[..., float]
 Sgd = Callable[[float, float, int], PrivacyEvent]
@@ -245,6 +254,20 @@ def test_deltas_that_rounding_could_hide_are_refused(
     with pytest.raises(ConfigurationError, match=r"PLDAccountant\.delta=.*accountant 'rdp'"):
         epsilon(event, delta)
     assert 0 < RDPAccountant().guarantee(event, delta=delta).epsilon < math.inf
+
+
+def test_only_an_accountant_that_can_cost_it_is_recommended_for_a_small_delta(sgd: Sgd) -> None:
+    with pytest.raises(ConfigurationError, match="Use the accountant 'rdp', which"):
+        epsilon(sgd(0.1, 1.0, 10), 1e-14)
+    for event in (
+        BallsInBins(10, Gaussian(1.0)),
+        TruncatedPoissonSampled(99, 0.1, 9, Gaussian(1.0)),
+    ):
+        assert not RDPAccountant().can_cost(event)
+        with pytest.raises(ConfigurationError, match=r"Use a larger delta: .*cannot cost"):
+            PLDAccountant().guarantee(
+                event, delta=1e-14, relation=NeighboringRelation.REPLACE_SPECIAL
+            )
 
 
 def test_more_noise_fewer_steps_and_larger_delta_cost_less(sgd: Sgd) -> None:
