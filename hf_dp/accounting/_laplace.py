@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from hf_dp.accounting._hidden_scale import HiddenScale
-from hf_dp.accounting._leaves import drawn, is_laplace
+from hf_dp.accounting._leaves import drawn, is_laplace, simplified
 from hf_dp.accounting._losses import Direction, DiscreteLoss, Floats, amplified, discretise
 from hf_dp.accounting._released_scale import ReleasedScale
 from hf_dp.events import Laplace, PrivacyEvent, ScaleMixtureLaplace
@@ -102,15 +102,6 @@ class SampledNoise:
     def discretised(self, direction: Direction, interval: float) -> DiscreteLoss:
         """The loss on a grid (see `discretise`)."""
         return discretise(self, direction, interval)
-
-
-def simplified(inner: PrivacyEvent) -> PrivacyEvent:
-    """The same noise, as `Laplace` where the inverse scale is not random."""
-    if isinstance(inner, ScaleMixtureLaplace):
-        law = inner.law
-        if law.gamma_scale == law.exponential_mean == 0 and law.uniform_low == law.uniform_high:
-            return Laplace(math.sqrt(2) / law.uniform_low, inner.norm, inner.dimension)
-    return inner
 
 
 def inverse_scale(noise: Laplace) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import TypeGuard
 
@@ -133,13 +134,22 @@ def is_laplace(leaf: PrivacyEvent) -> bool:
     return type(drawn(leaf)[1]) in _LAPLACE
 
 
+def simplified(inner: PrivacyEvent) -> PrivacyEvent:
+    """The same noise, as `Laplace` where the inverse scale is not random."""
+    if isinstance(inner, ScaleMixtureLaplace):
+        law = inner.law
+        if law.gamma_scale == law.exponential_mean == 0 and law.uniform_low == law.uniform_high:
+            return Laplace(math.sqrt(2) / law.uniform_low, inner.norm, inner.dimension)
+    return inner
+
+
 def has_laplace_bound(leaf: PrivacyEvent) -> bool:
     """Whether a release that `is_laplace` has a proven cost.
 
     One kind has none: a scale for all coordinates together, of which there may be any number, where the
     l2 norm is bounded. Its divergences would be E[exp(c lambda^2)], infinite for most laws.
     """
-    inner = drawn(leaf)[1]
+    inner = simplified(drawn(leaf)[1])
     return not (
         isinstance(inner, ScaleMixtureLaplace)
         and (inner.draw, inner.norm, inner.dimension) == ("shared", "l2", None)

@@ -11,7 +11,8 @@ import math
 
 import numpy as np
 
-from hf_dp.accounting._laplace import inverse_scale, l1_shift, simplified
+from hf_dp.accounting._laplace import inverse_scale, l1_shift
+from hf_dp.accounting._leaves import simplified
 from hf_dp.accounting._losses import Floats
 from hf_dp.events import Laplace, PrivacyEvent, ScaleMixtureLaplace
 from hf_dp.scale_law import ScaleLaw

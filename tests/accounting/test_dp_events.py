@@ -17,12 +17,14 @@ from hf_dp.events import (
     Composed,
     Continued,
     Gaussian,
+    Laplace,
     NeighboringRelation,
     NonPrivate,
     PoissonSampled,
     PoissonSampledContributions,
     PrivacyEvent,
     SampledWithoutReplacement,
+    ScaleMixtureLaplace,
     SelfComposed,
     Shuffled,
     TruncatedPoissonSampled,
@@ -37,6 +39,7 @@ LEDGERS: list[list[PrivacyEvent]] = [
     ],
     [SelfComposed(PoissonSampledContributions(0.02, 3, Gaussian(2.0)), 100), Gaussian(5.0)],
     [SelfComposed(TruncatedPoissonSampled(1000, 0.1, 170, Gaussian(2.0)), 50)],
+    [SelfComposed(PoissonSampled(0.05, Laplace(2.0)), 60), Shuffled(3, Laplace(5.0)), Laplace(7.0)],
 ]
 
 
@@ -91,3 +94,18 @@ def test_nothing_released_costs_nothing() -> None:
 def test_what_dp_accounting_lacks_is_refused() -> None:
     with pytest.raises(UnsupportedEventError, match=r"as_dp_event\.event=BallsInBins"):
         as_dp_event(SelfComposed(BallsInBins(5, Gaussian(1.0)), 3))
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        Laplace(1.0, "l2"),
+        Laplace(1.0, "l2", 1),
+        ScaleMixtureLaplace(3.0, 0.3, 0.0, 0.0, 0.0),
+        PoissonSampled(0.1, ScaleMixtureLaplace(3.0, 0.3, 0.0, 0.0, 0.0, "shared")),
+    ],
+    ids=str,
+)
+def test_noise_that_dp_accounting_lacks_is_refused(event: PrivacyEvent) -> None:
+    with pytest.raises(UnsupportedEventError, match="has an event for"):
+        as_dp_event(event)
