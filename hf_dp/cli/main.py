@@ -16,6 +16,7 @@ from hf_dp.cli.lmo_dp import lmo_dp
 from hf_dp.cli.noise import noise
 from hf_dp.cli.plan_users import plan_users
 from hf_dp.cli.report import report
+from hf_dp.cli.search_noise import search_noise
 from hf_dp.cli.steps import steps
 from hf_dp.cli.tuning import tuning
 from hf_dp.errors import HfDpError
@@ -31,6 +32,7 @@ app = typer.Typer(
 COMMANDS = (
     epsilon,
     noise,
+    search_noise,
     steps,
     batch_size,
     plan_users,

@@ -84,6 +84,7 @@ def test_help_names_every_subcommand(hf_dp_program: Callable[..., Any]) -> None:
     for name in (
         "epsilon",
         "noise",
+        "search-noise",
         "steps",
         "batch-size",
         "plan-users",

@@ -1,0 +1,397 @@
+"""The offline search: certified, never worse than the Gaussian, and honest about why."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hf_dp.accounting import accountant_named
+from hf_dp.accounting.pld import PLDAccountant
+from hf_dp.errors import ConfigurationError, PrivacyError
+from hf_dp.events import (
+    Gaussian,
+    NeighboringRelation,
+    PoissonSampled,
+    PrivacyEvent,
+    SelfComposed,
+    Shuffled,
+)
+from hf_dp.noise import GaussianNoise, LaplaceNoise, ScaleMixtureNoise
+from hf_dp.noise import search as searching
+from hf_dp.noise.figures import Figures, law_of
+from hf_dp.noise.search import FAMILIES, NoiseSearch, search_noise
+from hf_dp.noise.search_cache import SearchCache, cache_folder
+from hf_dp.noise.shapes import HOPELESS, LEAST, MOST, STARTS, best_shape, law_at
+from hf_dp.noise.why import value_of
+from hf_dp.scale_law import ScaleLaw
+
+FEW = 6  # and two coordinates where it does not matter: their mixtures take milliseconds
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_DP_CACHE", str(tmp_path / "cache"))
+
+
+def sampled(probability: float) -> Callable[[PrivacyEvent], PrivacyEvent]:
+    return lambda event: PoissonSampled(probability, event)
+
+
+def searched(
+    epsilon: float = 1.0,
+    delta: float = 1e-5,
+    probability: float = 1.0,
+    num_steps: int = 1,
+    **more: Any,
+) -> NoiseSearch:
+    asked = {"norm": "l1", "dimension": 2, "budget": FEW, "accountant": PLDAccountant()} | more
+    return search_noise(
+        target_epsilon=epsilon,
+        target_delta=delta,
+        step=sampled(probability),
+        num_steps=num_steps,
+        **asked,
+    )
+
+
+def spent(found: NoiseSearch, probability: float, family: str) -> float:
+    """Epsilon of a candidate, from its mechanism and nothing else that the search says."""
+    candidate = found.of(family)  # type: ignore[arg-type]
+    assert candidate is not None
+    asked = found.question
+    event = SelfComposed(sampled(probability)(candidate.mechanism.event()), asked.num_steps)
+    return accountant_named("pld").guarantee(event, delta=asked.target_delta).epsilon
+
+
+REGIMES = [
+    (1.0, 1e-5, 1.0, 1, {"dimension": 1}),
+    (1.0, 1e-5, 1.0, 10, {"dimension": 1, "norm": "l2"}),
+    (3.0, 1e-5, 0.01, 100, {}),
+    (0.3, 1e-10, 0.01, 100, {"norm": "l1", "dimension": 64}),
+    (1.0, 1e-10, 1.0, 1, {"dimension": 8}),
+    (1.0, 1e-5, 0.01, 100, {"dimension": 1024}),
+    (1.0, 1e-5, 1.0, 1, {"norm": "l1", "dimension": 3, "draw": "shared"}),
+    (1.0, 1e-5, 1.0, 1, {"objective": "usefulness", "radius": 0.7}),
+    (1.0, 1e-5, 1.0, 10, {"objective": "mean_absolute"}),
+    (1.0, 1e-5, 1.0, 10, {"objective": "entropy"}),
+]
+
+
+@pytest.mark.parametrize(("epsilon", "delta", "probability", "steps", "more"), REGIMES)
+def test_the_winner_is_never_worse_than_the_gaussian(
+    epsilon: float, delta: float, probability: float, steps: int, more: dict[str, Any]
+) -> None:
+    found = searched(epsilon, delta, probability, steps, **more)
+    gaussian = found.of("gaussian")
+    assert gaussian is not None
+    objective = found.question.objective
+    assert value_of(found.winner, objective) <= value_of(gaussian, objective)
+    for candidate in found.candidates:
+        assert candidate.epsilon == spent(found, probability, candidate.family) <= epsilon
+
+
+def test_the_winner_is_certified_by_the_accountant() -> None:
+    found = searched()
+    assert found.winner.family == "laplace"
+    mechanism = found.mechanism
+    assert isinstance(mechanism, LaplaceNoise)
+    # One number with Laplace noise: delta(epsilon) = 1 - exp((epsilon - 1 / b) / 2), exactly.
+    loss = math.sqrt(2) / mechanism.noise_multiplier
+    assert loss + 2 * math.log1p(-1e-5) <= found.winner.epsilon <= 1.0
+    assert found.winner.epsilon == pytest.approx(loss, rel=1e-4)
+
+
+def test_a_search_that_skips_certification_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def careless(self: PLDAccountant, plan: Any, **targets: float) -> Any:
+        honest = calibrate(self, plan, **targets)
+        return honest.with_noise_multiplier(honest.noise.noise_multiplier * 0.9)
+
+    calibrate = PLDAccountant.calibrate
+    monkeypatch.setattr(PLDAccountant, "calibrate", careless)
+    with pytest.raises(PrivacyError, match=r"search_noise\.epsilon=.*at most the target 1\.0"):
+        searched()
+    # Were the search to take the accountant's choice unseen, the tests above would see it.
+    monkeypatch.setattr(
+        PLDAccountant,
+        "guarantee",
+        lambda self, event, *, delta, **more: Known(epsilon=1.0),
+    )
+    found = searched(families=("gaussian", "laplace"))
+    monkeypatch.undo()
+    assert spent(found, 1.0, "gaussian") > 1.0
+    assert spent(found, 1.0, "laplace") > 1.0
+
+
+class Known:
+    def __init__(self, epsilon: float) -> None:
+        self.epsilon = epsilon
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("epsilon", "probability", "steps", "ratio"),
+    [(3.0, 0.01, 100, 0.998), (6.0, 1.0, 1, 0.965)],
+)
+def test_in_one_dimension_mixtures_are_hardly_better_than_plain_laplace(
+    epsilon: float, probability: float, steps: int, ratio: float
+) -> None:
+    found = searched(epsilon, 1e-5, probability, steps, dimension=1, budget=60)
+    mixture, plain = found.of("lmo"), found.of("laplace")
+    assert mixture is not None
+    assert plain is not None
+    gain = mixture.figures.deviation / plain.figures.deviation
+    assert ratio - 0.01 < gain < ratio + 0.002
+
+
+@pytest.mark.slow
+def test_the_mean_absolute_value_gains_most_where_epsilon_is_large() -> None:
+    found = searched(6.0, dimension=1, objective="mean_absolute", budget=60)
+    plain = found.of("laplace")
+    assert plain is not None
+    assert found.winner.family == "lmo"
+    assert found.winner.figures.mean_absolute < 0.84 * plain.figures.mean_absolute
+
+
+def test_families_can_be_chosen() -> None:
+    assert isinstance(searched(families=("lmo",)).mechanism, ScaleMixtureNoise)
+    only = searched(families=("gaussian",), norm="l1")
+    assert only.mechanism == GaussianNoise(3.7307, norm="l1")
+    assert [one.family for one in searched(families=("laplace", "gaussian")).candidates] == [
+        "gaussian",
+        "laplace",
+    ]
+    with pytest.raises(ConfigurationError, match=r"search_noise\.families='lap'.*Did you mean"):
+        searched(families=("lap",))
+
+
+def test_what_cannot_be_accounted_for_is_no_candidate_and_the_reason_is_given() -> None:
+    class OnlyGaussian(PLDAccountant):
+        def supports(self, leaf: PrivacyEvent) -> bool:
+            return "Laplace" not in repr(leaf)
+
+    found = searched(accountant=OnlyGaussian())
+    assert [one.family for one in found.candidates] == ["gaussian"]
+    assert set(found.refused) == {"laplace", "lmo"}
+    assert any("is no candidate: OnlyGaussian.event" in line for line in found.why())
+    with pytest.raises(ConfigurationError, match=r"families=\('lmo',\): expected a family that"):
+        searched(accountant=OnlyGaussian(), families=("lmo",))
+
+
+def test_a_sampler_is_whatever_wraps_the_event() -> None:
+    found = search_noise(
+        target_epsilon=1.0,
+        target_delta=1e-5,
+        step=lambda event: Shuffled(10, event),
+        num_steps=2,
+        norm="l2",
+        dimension=1,
+        accountant=PLDAccountant(),
+        relation=NeighboringRelation.REPLACE_SPECIAL,
+        families=("gaussian", "laplace"),
+    )
+    event = SelfComposed(Shuffled(10, found.mechanism.event()), 2)
+    relation = NeighboringRelation.REPLACE_SPECIAL
+    certified = PLDAccountant().guarantee(event, delta=1e-5, relation=relation)
+    assert certified.epsilon == found.winner.epsilon
+
+
+def test_the_clipping_norm_scales_the_figures_and_nothing_else() -> None:
+    one, three = searched(), searched(clipping_norm=3.0)
+    assert three.mechanism == one.mechanism
+    assert three.winner.figures.deviation == pytest.approx(3 * one.winner.figures.deviation)
+    scaled = searched(clipping_norm=3.0, objective="usefulness", radius=2.1).winner.figures
+    plain = searched(objective="usefulness", radius=0.7).winner.figures
+    assert scaled.usefulness == pytest.approx(plain.usefulness)
+
+
+@pytest.mark.parametrize(
+    ("field", "more"),
+    [
+        ("target_epsilon", {"epsilon": 0.0}),
+        ("num_steps", {"num_steps": 0}),
+        ("dimension", {"dimension": 0}),
+        ("norm", {"norm": "l3"}),
+        ("draw", {"draw": "each"}),
+        ("objective", {"objective": "std"}),
+        ("radius", {"objective": "usefulness"}),
+        ("radius", {"radius": -1.0}),
+        ("clipping_norm", {"clipping_norm": 0.0}),
+        ("budget", {"budget": 0}),
+    ],
+)
+def test_a_question_without_answer_is_refused(field: str, more: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError, match=rf"search_noise\.{field}="):
+        searched(**more)
+
+
+def test_progress_ends_at_what_was_planned() -> None:
+    seen: list[tuple[int, int]] = []
+    searched(progress=lambda done, planned: seen.append((done, planned)), budget=7)
+    assert seen[0] == (1, 7)
+    assert seen[-1] == (7, 7)
+    # Where mixtures are far behind, only the starts are tried.
+    seen.clear()
+    far = searched(
+        1.0, 1e-5, 0.1, 1000, norm="l1", budget=40, progress=lambda *one: seen.append(one)
+    )
+    assert far.shapes_tried == len(STARTS)
+    assert seen[-1] == (40, 40)
+
+
+def test_a_kept_answer_equals_a_fresh_one() -> None:
+    fresh = searched(3.0)
+    kept = searched(3.0)
+    assert (fresh.from_cache, kept.from_cache) == (False, True)
+    assert kept.candidates == fresh.candidates
+    assert searched(3.0, cached=False).candidates == fresh.candidates
+    assert not searched(3.0, cached=False).from_cache
+    for other in ({"epsilon": 2.9}, {"dimension": 3}, {"budget": 5}, {"objective": "entropy"}):
+        assert not searched(**({"epsilon": 3.0} | other)).from_cache
+
+
+def test_another_version_asks_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    searched()
+    monkeypatch.setattr("hf_dp.noise.search_cache.__version__", "0.0.0")
+    assert not searched().from_cache
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"key": "k"}', "\x00", '{"law": {"a": 1}}'])
+def test_a_corrupt_cache_is_ignored_and_rewritten(text: str) -> None:
+    fresh = searched()
+    (kept,) = (cache_folder() / "noise_search").glob("*")
+    before = kept.read_text("utf-8")
+    kept.write_text(text, "utf-8")
+    again = searched()
+    assert not again.from_cache
+    assert again.candidates == fresh.candidates
+    assert kept.read_text("utf-8") == before
+    assert [path.suffix for path in kept.parent.iterdir()] == [".json"]
+
+
+def test_a_planted_shape_is_certified_like_any_other() -> None:
+    searched()
+    (kept,) = (cache_folder() / "noise_search").glob("*")
+    planted = json.loads(kept.read_text("utf-8"))
+    planted["law"] = {"gamma_shape": 3.0, "gamma_scale": 50.0}
+    kept.write_text(json.dumps(planted), "utf-8")
+    found = searched()
+    assert found.from_cache
+    mixture = found.of("lmo")
+    assert mixture is not None
+    assert isinstance(mixture.mechanism, ScaleMixtureNoise)
+    assert mixture.mechanism.law.gamma_shape == 3.0
+    assert spent(found, 1.0, "lmo") == mixture.epsilon <= 1.0
+
+
+def test_a_folder_that_cannot_be_written_to_is_done_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HF_DP_CACHE", str(tmp_path / "file"))
+    assert not searched().from_cache
+    assert not searched().from_cache
+
+
+@pytest.mark.parametrize(
+    ("platform", "variables", "expected"),
+    [
+        ("linux", {"XDG_CACHE_HOME": "/x"}, "/x/hf_dp"),
+        ("linux", {"XDG_CACHE_HOME": ""}, ".cache/hf_dp"),
+        ("darwin", {}, "Library/Caches/hf_dp"),
+        ("win32", {"LOCALAPPDATA": "/local"}, "/local/hf_dp"),
+        ("linux", {"HF_DP_CACHE": "/own"}, "/own"),
+    ],
+)
+def test_the_cache_is_where_the_platform_keeps_caches(
+    platform: str, variables: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_DP_CACHE")
+    monkeypatch.setattr("sys.platform", platform)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert str(cache_folder()).endswith(expected)
+    assert SearchCache(Path("/a")).folder == Path("/a/noise_search")
+
+
+def test_figures_agree_with_draws() -> None:
+    generator = np.random.default_rng(5)
+    law = ScaleLaw(gamma_shape=4.0, gamma_scale=0.2, uniform_low=0.5, uniform_high=1.0)
+    scales = generator.gamma(4.0, 0.2, 400_000) + generator.uniform(0.5, 1.0, 400_000)
+    cases = (
+        (ScaleMixtureNoise(law), generator.laplace(0, 1 / scales)),
+        (LaplaceNoise(2.0), generator.laplace(0, math.sqrt(2), 400_000)),
+        (GaussianNoise(2.0), generator.normal(0, 2, 400_000)),
+    )
+    for mechanism, draws in cases:
+        figures = Figures.of(mechanism, clipping_norm=3.0, radius=4.0)
+        assert np.std(3 * draws) == pytest.approx(figures.deviation, rel=0.01)
+        assert np.mean(np.abs(3 * draws)) == pytest.approx(figures.mean_absolute, rel=0.01)
+        assert np.mean(np.abs(3 * draws) <= 4) == pytest.approx(figures.usefulness, abs=0.004)
+        assert figures.beyond == pytest.approx(1 - figures.usefulness)
+    # Closed forms: log(2 e b) for a Laplace, log(sigma sqrt(2 pi e)) for a Gaussian.
+    laplace, gaussian = (Figures.of(one) for one in (LaplaceNoise(2.0), GaussianNoise(2.0)))
+    assert laplace.entropy == pytest.approx(math.log(2 * math.e * math.sqrt(2)), abs=1e-9)
+    assert gaussian.entropy == pytest.approx(math.log(2 * math.sqrt(2 * math.pi * math.e)))
+    with pytest.raises(TypeError, match="GaussianNoise is not Laplace noise"):
+        law_of(GaussianNoise(1.0))
+
+
+def test_shapes_are_laws_of_mean_one_with_a_variance() -> None:
+    generator = np.random.default_rng(1)
+    for point in generator.normal(0, 20, (50, 4)):
+        law = law_at(point)
+        assert law.mean == pytest.approx(1)
+        assert math.isfinite(law.deviation)
+    assert law_at(np.array([0.0, LEAST - 9, MOST + 9, 0])) == law_at(np.array([0, LEAST, MOST, 0]))
+
+
+def test_a_search_is_deterministic_keeps_its_budget_and_stops_where_it_is_hopeless() -> None:
+    tried: list[ScaleLaw] = []
+
+    def score(law: ScaleLaw) -> float:
+        tried.append(law)
+        return abs(law.exponential_mean - 0.3) + abs(law.uniform_low - 0.2)
+
+    found, count = best_shape(score, budget=50, good_enough=math.inf)
+    assert count == len(tried) <= 50
+    assert score(found) < 0.02
+    assert best_shape(score, budget=50, good_enough=math.inf)[0] == found
+    assert best_shape(score, budget=3, good_enough=math.inf)[1] == 3
+    assert best_shape(score, budget=50, good_enough=-1.0)[1] == len(STARTS)
+    assert best_shape(lambda law: HOPELESS, budget=50, good_enough=math.inf)[1] == len(STARTS)
+
+
+@pytest.mark.parametrize(
+    ("more", "family", "words"),
+    [
+        ({}, "laplace", "privacy loss of Laplace noise is bounded"),
+        ({"num_steps": 100}, "gaussian", "What 100 releases tell together"),
+        ({"dimension": 1000, "norm": "l2"}, "gaussian", "spread over all 1000 coordinates"),
+        ({"families": ("lmo",)}, "lmo", "No plain Laplace noise was asked for"),
+        ({"families": ("gaussian",)}, "gaussian", "the only candidate"),
+    ],
+)
+def test_the_reason_is_that_of_the_regime(more: dict[str, Any], family: str, words: str) -> None:
+    found = searched(**more)
+    assert found.winner.family == family
+    text = "\n".join(found.why())
+    assert words in text
+    assert "Where Laplace noise wins" in text
+
+
+def test_what_a_mixture_gained_is_said() -> None:
+    found = searched(6.0, dimension=1, objective="mean_absolute", budget=3)
+    assert found.winner.family == "lmo"
+    assert "sharper peak at 0" in "\n".join(found.why())
+
+
+def test_all_families_are_candidates_by_default() -> None:
+    assert tuple(one.family for one in searched().candidates) == FAMILIES
+    assert searching.BUDGET == 60
+    assert Gaussian(3.7307) == searched().candidates[0].mechanism.event()
