@@ -30,7 +30,8 @@ def lmo_dp(
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the same words are printed below the tables
-        rows = list(_tracked(lmo_published(report_as_published=True, task=task), quiet=as_json))
+        labelled = lmo_published(report_as_published=True, task=task)
+        rows = list(labelled if as_json else _tracked(labelled))
     steps = [row for row in rows if isinstance(row, Step)]
     totals = [row for row in rows if isinstance(row, Total)]
     if as_json:
@@ -51,16 +52,11 @@ def without_infinities(value: Any) -> Any:
     return None if isinstance(value, float) and math.isinf(value) else value
 
 
-def _tracked(rows: Iterable[Step | Total], *, quiet: bool) -> Iterable[Step | Total]:
+def _tracked(rows: Iterable[Step | Total]) -> Iterable[Step | Total]:
     from rich.console import Console
     from rich.progress import track
 
-    if quiet:
-        return rows
-    from hf_dp.accounting.as_published.sets import SETS, TRAINED
-
-    console = Console(stderr=True)
-    return track(rows, "Accounting", len(SETS) + len(TRAINED), console=console, transient=True)
+    return track(rows, "Accounting", console=Console(stderr=True), transient=True)
 
 
 def _show(task: str, steps: Sequence[Step], totals: Sequence[Total]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import math
 import warnings
 from pathlib import Path
@@ -18,10 +19,11 @@ from hf_dp.accounting.as_published.formula import (
     matched_noise,
 )
 from hf_dp.accounting.as_published.report import Size, Step
-from hf_dp.accounting.as_published.sets import DELTA, SETS, TASKS, TRAINED, set_named
+from hf_dp.accounting.as_published.sets import DELTA, SETS, TASKS, set_named
 from hf_dp.errors import ConfigurationError
 
 ROOT = Path(hf_dp.__file__).parent
+KEPT = ROOT.parent / "benchmarks" / "results" / "lmo_dp.json"
 
 LABELS = {
     "0.15": 0.14887,
@@ -48,7 +50,7 @@ TOTALS = {
     "MNLI": (0.139, 0.157, 0.322, 0.536, 1.320),
     "QNLI": (0.150, 0.217, 0.654, 1.061, 2.325),
     "QQP": (0.139, 0.158, 0.335, 0.555, 1.364),
-    "E2E": (0.046, 0.046, 0.068, 0.176, None),
+    "E2E": (0.046, 0.046, 0.068, 0.176),
 }
 # Set: standard deviation and mean absolute value (accounted, sampled), usefulness at 0.9, information
 # times variance as sampled.
@@ -106,15 +108,14 @@ def test_the_domain_ends_where_the_moment_generating_function_does() -> None:
 @pytest.mark.reference
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
 def test_totals_of_the_matched_gaussian_are_reproduced(task: report.PublishedTask) -> None:
-    for name, expected in zip(TRAINED, TOTALS[task.name], strict=True):
-        if expected is not None:
-            found = as_published_total_label(set_named(name).nominal, task)
-            assert found == pytest.approx(expected, abs=6e-4)
+    for name, expected in zip(task.sets, TOTALS[task.name], strict=True):
+        found = as_published_total_label(set_named(name).nominal, task)
+        assert found == pytest.approx(expected, abs=6e-4)
 
 
 @pytest.mark.reference
 def test_the_matched_noise_is_that_of_the_released_runs() -> None:
-    found = [matched_noise(set_named(name).nominal, DELTA) for name in TRAINED]
+    found = [matched_noise(set_named(name).nominal, DELTA) for name in TASKS[0].sets]
     assert found == pytest.approx([22.730, 9.741, 3.410, 2.273, 1.364], abs=6e-4)
 
 
@@ -222,3 +223,39 @@ def test_the_limit_of_many_parameters_is_that_of_a_gaussian() -> None:
     assert report._limit(1.3625, run) == pytest.approx(2.71, abs=6e-3)
     assert report._limit(4.536, run) == pytest.approx(0.565, abs=6e-4)
     assert report._limit(0.1612, run) == pytest.approx(450, rel=2e-3)  # where bounds are loose
+
+
+@pytest.mark.reference
+def test_what_holds_for_the_published_runs_is_kept() -> None:
+    kept = json.loads(KEPT.read_text("utf-8"))
+    rows = {row["name"]: row for row in kept["totals"] if row["task"] == "SST-2"}
+    held = {name: {one["reading"]: one for one in row["holds"]} for name, row in rows.items()}
+    for name, sampled, accounted in (("0.3", 1.63, 0.513), ("0.7", 2.64, 1.50), ("2", 6.64, 4.88)):
+        one = held[name]
+        assert one["sampled"]["epsilon_one_coordinate"] == pytest.approx(sampled, rel=3e-3)
+        assert one["accounted"]["epsilon_one_coordinate"] == pytest.approx(accounted, rel=3e-3)
+    limits = (
+        ("0.3", 2.71, 0.565),
+        ("0.7", 6.53, 2.05),
+        ("2", 36.3, 19.3),
+        ("3", 76.6, 48.7),
+        ("5", 450, 450),
+    )
+    for name, sampled, accounted in limits:
+        one = held[name]
+        assert one["sampled"]["high_dimension_limit"] == pytest.approx(sampled, rel=6e-3)
+        assert one["accounted"]["high_dimension_limit"] == pytest.approx(accounted, rel=6e-3)
+    for row in rows.values():
+        for one in row["holds"]:
+            proven = one["epsilon_all_coordinates"]
+            assert one["high_dimension_limit"] > 1.9 * row["as_published_total_label"]
+            assert proven is None or proven > one["high_dimension_limit"]
+
+
+def test_one_row_is_computed_as_it_is_kept() -> None:
+    kept = json.loads(KEPT.read_text("utf-8"))["totals"][0]
+    found = report.total(set_named("0.3"), TASKS[0])
+    assert (found.name, found.task) == (kept["name"], kept["task"])
+    assert found.as_published_total_label == pytest.approx(kept["as_published_total_label"])
+    for one, before in zip(found.holds, kept["holds"], strict=True):
+        assert vars(one) == pytest.approx(before, rel=1e-5)

@@ -20,7 +20,6 @@ from hf_dp.accounting.as_published.sets import (
     READINGS,
     SETS,
     TASKS,
-    TRAINED,
     PublishedNoise,
     PublishedTask,
     Reading,
@@ -161,7 +160,7 @@ def lmo_published(
         with_steps: Whether to give the one-step figures.
 
     Yields:
-        A `Step` for every set, then a `Total` for every set that was trained with.
+        A `Step` for every set, then a `Total` for every set that the task was trained with.
 
     Raises:
         ConfigurationError: `report_as_published` is not True, or there is no such task.
@@ -185,7 +184,7 @@ def lmo_published(
 def _rows(task: PublishedTask, *, with_steps: bool) -> Iterator[Step | Total]:
     for noise in SETS if with_steps else ():
         yield step(noise, task.dimension)
-    for name in TRAINED:
+    for name in task.sets:
         yield total(set_named(name), task)
 
 
