@@ -20,7 +20,8 @@ from hf_dp.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from hf_dp.noise.search import Candidate, NoiseSearch
+    from hf_dp.noise.candidates import Candidate
+    from hf_dp.noise.search import NoiseSearch
 
 
 def search_noise(
@@ -67,7 +68,7 @@ def search_noise(
     """Search Gaussian, Laplace and scale-mixture (LMO) noise for the least at a guarantee."""
     from hf_dp.accounting import accountant_named
     from hf_dp.events import PoissonSampled
-    from hf_dp.noise.search import FAMILIES
+    from hf_dp.noise.candidates import FAMILIES
     from hf_dp.noise.search import search_noise as searched
 
     chosen = accountant_named(accountant)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, Self, TypeVar, get_args
 
 import numpy as np
 
-from hf_dp._validate import one_of, positive, positive_integer
+from hf_dp._validate import one_of, positive_integer
 from hf_dp.errors import ConfigurationError, HfDpError, PrivacyError, explain
 from hf_dp.events import (
     NeighboringRelation,
@@ -17,10 +16,19 @@ from hf_dp.events import (
     PrivacyEvent,
     PrivacyUnit,
     ScaleDraw,
-    SelfComposed,
 )
 from hf_dp.noise.base import NoiseMechanism
-from hf_dp.noise.figures import Figures, Objective, check_objective
+from hf_dp.noise.candidates import (
+    FAMILIES,
+    Accountant,
+    Candidate,
+    Family,
+    NotCertifiedError,
+    Question,
+    Run,
+    certified,
+)
+from hf_dp.noise.figures import Figures, Objective
 from hf_dp.noise.gaussian import GaussianNoise
 from hf_dp.noise.laplace import LaplaceNoise
 from hf_dp.noise.scale_mixture import ScaleMixtureNoise
@@ -29,122 +37,14 @@ from hf_dp.noise.shapes import HOPELESS, STARTS, best_shape, law_at
 from hf_dp.noise.why import explained
 from hf_dp.scale_law import ScaleLaw
 
-Family = Literal["gaussian", "laplace", "lmo"]
-FAMILIES: tuple[Family, ...] = get_args(Family)
-
 Progress = Callable[[int, int], None]
 """``progress(done, planned)`` after every shape; a search that ends early jumps to planned."""
 
 BUDGET = 60
-"""Shapes of the mixture that are tried: 10 s to two minutes on one core."""
+"""Shapes of the mixture that are tried: 2 to 30 s on one core."""
 
 _MARGIN = math.log(1.01)  # the least gain for which a family further down is chosen
 _SCREEN = math.log(1.5)
-
-Plan = TypeVar("Plan", bound="Run")
-
-
-class Accountant(Protocol):
-    """What the search asks of an accountant (those of `hf_dp.accounting` are such)."""
-
-    @property
-    def name(self) -> str: ...
-
-    def can_cost(self, event: PrivacyEvent, relation: NeighboringRelation = ...) -> bool: ...
-
-    def rough_epsilon(self, event: PrivacyEvent, *, delta: float, near: float) -> float: ...
-
-    def calibrate(self, plan: Any, *, target_epsilon: float, target_delta: float) -> Any: ...
-
-    def guarantee(
-        self,
-        event: PrivacyEvent,
-        *,
-        delta: float,
-        unit: PrivacyUnit = ...,
-        relation: NeighboringRelation = ...,
-    ) -> Any: ...
-
-
-@dataclass(frozen=True)
-class Question:
-    """What a search is asked.
-
-    Attributes:
-        target_epsilon: > 0.
-        target_delta: In (0, 1).
-        num_steps: Releases, > 0.
-        norm: In which one unit's share of the sum is clipped.
-        dimension: Coordinates that are noised, > 0.
-        objective: What is made least.
-        clipping_norm: Scales the figures, and with them what `radius` means.
-        radius: Of the usefulness; None if it is not asked about.
-        unit: Whose data is protected together.
-        relation: Which datasets count as neighbours.
-        draw: Whether a mixture draws its scale anew for every coordinate, or once a release.
-    """
-
-    target_epsilon: float
-    target_delta: float
-    num_steps: int
-    norm: Norm
-    dimension: int
-    objective: Objective = "variance"
-    clipping_norm: float = 1.0
-    radius: float | None = None
-    unit: PrivacyUnit = "example"
-    relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE
-    draw: ScaleDraw = "iid"
-
-    def __post_init__(self) -> None:
-        """Refuse a question that has no answer."""
-        owner = "search_noise"
-        why = "The noise depends on it."
-        positive(f"{owner}.target_epsilon", self.target_epsilon, why, "Use between 0.1 and 10.")
-        positive(f"{owner}.clipping_norm", self.clipping_norm, why, "Use that of the clipping.")
-        positive_integer(f"{owner}.num_steps", self.num_steps, why, "Use 1 for one release.")
-        remedy = "Use the number of trainable parameters, or of numbers that are released."
-        positive_integer(f"{owner}.dimension", self.dimension, why, remedy)
-        one_of(f"{owner}.norm", self.norm, get_args(Norm), why)
-        one_of(f"{owner}.draw", self.draw, get_args(ScaleDraw), why)
-        check_objective(self.objective, self.radius)
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run whose noise an accountant can choose."""
-
-    noise: NoiseMechanism
-    step: Callable[[PrivacyEvent], PrivacyEvent]
-    num_steps: int
-    unit: PrivacyUnit
-    relation: NeighboringRelation
-
-    def event(self) -> PrivacyEvent:
-        """What the whole run releases."""
-        return SelfComposed(self.step(self.noise.event()), self.num_steps)
-
-    def with_noise_multiplier(self, noise_multiplier: float) -> Self:
-        """The same run with more or less noise of the same shape."""
-        noise = self.noise.with_noise_multiplier(noise_multiplier)
-        return type(self)(noise, self.step, self.num_steps, self.unit, self.relation)
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One family's best.
-
-    Attributes:
-        family: Which.
-        mechanism: Sized for the target.
-        epsilon: Proven, by the accountant of the search.
-        figures: The noise on one coordinate of the sum.
-    """
-
-    family: Family
-    mechanism: NoiseMechanism
-    epsilon: float
-    figures: Figures
 
 
 @dataclass(frozen=True)
@@ -290,9 +190,10 @@ class _Search:
         refused: dict[Family, str] = {}
         for family in (one for one in FAMILIES if one in families):
             try:
-                found.append(self.certified(family, self.shaped(family, found, budget, cache)))
+                run = self.run(self.shaped(family, found, budget, cache))
+                found.append(certified(family, run, self.question, self.accountant))
             except PrivacyError as error:
-                if isinstance(error, _NotCertifiedError):
+                if isinstance(error, NotCertifiedError):
                     raise
                 refused[family] = str(error)
             except ConfigurationError as error:
@@ -329,33 +230,6 @@ class _Search:
         if family == "laplace":
             return LaplaceNoise(1.0, norm=asked.norm, dimension=asked.dimension)
         return self.mixture(self.best_law(others, budget, cache))
-
-    def certified(self, family: Family, noise: NoiseMechanism) -> Candidate:
-        """The mechanism sized by the accountant, and its own word on the result."""
-        asked = self.question
-        sized: Run = self.accountant.calibrate(
-            self.run(noise), target_epsilon=asked.target_epsilon, target_delta=asked.target_delta
-        )
-        epsilon = float(
-            self.accountant.guarantee(
-                sized.event(),
-                delta=asked.target_delta,
-                unit=asked.unit,
-                relation=asked.relation,
-            ).epsilon
-        )
-        if not epsilon <= asked.target_epsilon:
-            raise _NotCertifiedError(
-                explain(
-                    "search_noise.epsilon",
-                    epsilon,
-                    f"at most the target {asked.target_epsilon}",
-                    f"Accountant {self.accountant.name!r} does not confirm its own choice of noise.",
-                    "Use another accountant, and report this as a bug.",
-                )
-            )
-        figures = Figures.of(sized.noise, clipping_norm=asked.clipping_norm, radius=asked.radius)
-        return Candidate(family, sized.noise, epsilon, figures)
 
     def best_law(
         self, others: Sequence[Candidate], budget: int, cache: SearchCache | None
@@ -443,7 +317,3 @@ class _Search:
             if low < math.log(guess) - math.log(100):
                 return None
         return math.exp(brentq(excess, low, high, xtol=2e-4))
-
-
-class _NotCertifiedError(PrivacyError):
-    """An accountant that contradicts itself; never taken for a family that cannot be had."""

@@ -17,7 +17,7 @@ from hf_dp.events import PrivacyEvent, to_json
 from hf_dp.scale_law import ScaleLaw
 
 if TYPE_CHECKING:
-    from hf_dp.noise.search import Question
+    from hf_dp.noise.candidates import Question
 
 
 def cache_folder() -> Path:

@@ -6,7 +6,8 @@ import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from hf_dp.noise.search import Candidate, NoiseSearch
+    from hf_dp.noise.candidates import Candidate
+    from hf_dp.noise.search import NoiseSearch
 
 NAMES = {"gaussian": "Gaussian", "laplace": "Laplace", "lmo": "scale-mixture (LMO)"}
 OBJECTIVES = {

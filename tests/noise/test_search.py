@@ -23,9 +23,9 @@ from hf_dp.events import (
     Shuffled,
 )
 from hf_dp.noise import GaussianNoise, LaplaceNoise, ScaleMixtureNoise
-from hf_dp.noise import search as searching
+from hf_dp.noise.candidates import FAMILIES
 from hf_dp.noise.figures import Figures, law_of
-from hf_dp.noise.search import FAMILIES, NoiseSearch, search_noise
+from hf_dp.noise.search import BUDGET, NoiseSearch, search_noise
 from hf_dp.noise.search_cache import SearchCache, cache_folder
 from hf_dp.noise.shapes import HOPELESS, LEAST, MOST, STARTS, best_shape, law_at
 from hf_dp.noise.why import value_of
@@ -393,5 +393,5 @@ def test_what_a_mixture_gained_is_said() -> None:
 
 def test_all_families_are_candidates_by_default() -> None:
     assert tuple(one.family for one in searched().candidates) == FAMILIES
-    assert searching.BUDGET == 60
+    assert BUDGET == 60
     assert Gaussian(3.7307) == searched().candidates[0].mechanism.event()
