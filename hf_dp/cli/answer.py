@@ -27,7 +27,7 @@ _SAMPLINGS = {
 
 
 _NEIGHBORS = {
-    "add_or_remove_one": "by one {unit}, there or not (the number of {unit}s not being used to plan the run)",
+    "add_or_remove_one": "by one {unit}, there or not ({counted} not being used to plan the run)",
     "replace_special": "in one {unit}, replaced by one that contributes nothing",
     "replace_one": "in one {unit}, replaced by any other: a stronger claim than the other samplers', and not "
     "to be compared figure by figure",
@@ -112,7 +112,10 @@ def _show_table(facts: Mapping[str, Any]) -> None:
 
 
 def _sentence(facts: Mapping[str, Any]) -> str:
-    differ = _NEIGHBORS[facts["relation"]].format(unit=facts["unit"])
+    counted = f"the number of {facts['unit']}s"
+    if facts.get("user_sampling") == "examples":
+        counted = "the numbers of users and of the examples that they keep"
+    differ = _NEIGHBORS[facts["relation"]].format(unit=facts["unit"], counted=counted)
     about = f"neighbouring datasets that differ {differ}"
     if not facts["is_upper_bound"] and math.isinf(facts["epsilon"]):
         return (

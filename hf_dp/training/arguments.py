@@ -93,7 +93,8 @@ class DPArguments:
         default="user_id",
         metadata={
             "help": "Column of train_dataset with the user of each example, if DPTrainer is given no "
-            "`users`; it reaches neither collator nor model."
+            "`users`; in training it reaches neither collator nor model. Evaluation data that have it "
+            "keep it under remove_unused_columns=False: drop it there."
         },
     )
     user_sampling: str = field(
