@@ -17,6 +17,7 @@ from hf_dp.sampling._uniform import Indices, uniform_subset
 Selection = Literal["random", "longest", "first"]
 SELECTIONS = ("random", "longest", "first")
 
+_NOTHING = frozenset({"", "nan", "None", "NaT", "<NA>"})  # as text
 _SEVERAL = (list, tuple, set, frozenset, np.ndarray, Tensor)
 
 
@@ -240,8 +241,10 @@ def _check_missing(found: Iterable[Any], owner: str, shown: object) -> None:
                 owner,
                 shown,
                 "an id for every example",
-                "An id that is missing (None, NaN) does not tell with whom the example is protected.",
-                "Leave such examples out, or give them an id of their own if they have no other.",
+                "An id that is missing (None, NaN, an empty string, or the text of nothing: 'nan', 'None', "
+                "'NaT', '<NA>') does not tell with whom the example is protected.",
+                "Leave such examples out, or give them an id of their own if they have no other; whoever "
+                "bears such a name needs another id.",
             )
         )
 
@@ -249,6 +252,9 @@ def _check_missing(found: Iterable[Any], owner: str, shown: object) -> None:
 def _is_missing(value: Any) -> bool:
     if value is None:
         return True
+    if isinstance(value, str | bytes):
+        text = value if isinstance(value, str) else value.decode(errors="replace")
+        return text.strip() in _NOTHING
     try:
         return bool(value != value)  # NaN, and what stands for no time
     except (TypeError, ValueError):  # what pandas uses for nothing refuses to be compared

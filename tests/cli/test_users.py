@@ -62,7 +62,9 @@ def test_the_sentence_speaks_of_users(hf_dp_program: Callable[..., Any]) -> None
     assert "differ by one user" in owned
     assert "examples, of which one user owns at most 8" in owned
     assert "max examples per user" in owned
-    counted = "the numbers of users and of the examples that they keep not being used to plan the run"
+    counted = (
+        "the numbers of users and of the examples that they keep not being used to plan the run"
+    )
     assert counted in " ".join(owned.split())
     assert "the number of users not being used to plan the run" in " ".join(drawn.split())
 

@@ -96,6 +96,12 @@ class Thing:
         (np.array([1.0, np.nan, 2.0]), "an id for every example"),
         (["a", pd.NA, "b"], "an id for every example"),
         (["a", pd.NaT, "b"], "an id for every example"),
+        (["a", "", "b"], "an id for every example"),
+        (["a", " ", "b"], "an id for every example"),
+        ([b"a", b"", b"b"], "an id for every example"),
+        ([str(value) for value in ("a", None, "b")], "an id for every example"),
+        ([str(value) for value in (1.0, math.nan, 2.0)], "an id for every example"),
+        ([str(value) for value in ("a", pd.NA, pd.NaT)], "an id for every example"),
         ([["a"], ["a", "b"], ["c"]], "one user for each example"),
         ([("a", "b"), "a", "b"], "one user for each example"),
         ([{"a"}, {"b"}, {"c"}], "one user for each example"),
@@ -121,6 +127,10 @@ def test_ids_that_do_not_tell_an_owner_are_refused_without_naming_any(ids: Any, 
     with pytest.raises(ConfigurationError, match=f"^owner='ids': expected .*{match}") as caught:
         users(ids, 3)
     assert "secret" not in str(caught.value)
+
+
+def test_names_that_only_look_like_nothing_are_names() -> None:
+    assert users(["Nan", "NONE", "none", "null", "0", "a"]).num_users == 6
 
 
 def test_a_representation_shows_no_owner() -> None:
