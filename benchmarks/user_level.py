@@ -176,7 +176,7 @@ def run(setting: Setting, recipe: Recipe, material: Material, clipping_norm: flo
         row = {**asdict(setting), "accuracy": trainer.evaluate()["eval_accuracy"]}
         if isinstance(trainer, DPTrainer):
             row["epsilon_spent"] = trainer.epsilon
-            row["noise_multiplier"] = trainer.plan.noise.noise_multiplier  # type: ignore[attr-defined]
+            row["noise_multiplier"] = trainer.plan.noise.noise_multiplier
             row["clipping_norm"] = clipping_norm
     return {**row, "seconds": time.perf_counter() - start}
 
