@@ -165,7 +165,9 @@ def laplace_remedy(leaf: PrivacyEvent) -> str | None:
     inner = getattr(leaf, "event", None)
     if type(inner) not in _LAPLACE:
         return None
+    contributions = isinstance(leaf, PoissonSampledContributions)
+    other = "draw users instead of examples" if contributions else "use sampling='poisson'"
     return (
-        "Laplace noise and its mixtures are accounted for over all units, a Poisson sample or a shuffled "
-        "pass: use sampling='poisson', or Gaussian noise."
+        "Laplace noise and its mixtures are accounted for over all units, a Poisson sample of them or a "
+        f"shuffled pass: {other}, or use Gaussian noise."
     )

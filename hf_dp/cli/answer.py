@@ -13,6 +13,7 @@ from hf_dp.accounting.shown import rounded_down, rounded_up
 from hf_dp.cli.run import PoissonRun
 from hf_dp.cli.sampled import SampledRun
 from hf_dp.cli.users import UserRun
+from hf_dp.events import Laplace
 
 if TYPE_CHECKING:
     from hf_dp.accounting import Guarantee
@@ -55,6 +56,10 @@ def show(
         "unit": guarantee.unit,
         "relation": str(guarantee.relation),
     }
+    if isinstance(run.kind, Laplace):
+        facts |= {"noise": "laplace", "norm": run.kind.norm}
+        if run.kind.dimension is not None:
+            facts["dimension"] = run.kind.dimension
     if isinstance(run, UserRun):
         facts["user_sampling"] = run.user_sampling
         if run.max_examples_per_user is not None:
@@ -90,6 +95,9 @@ def _show_table(facts: Mapping[str, Any]) -> None:
     for name in (
         "delta",
         "noise_multiplier",
+        "noise",
+        "norm",
+        "dimension",
         "sampling",
         "sampling_probability",
         "num_steps",

@@ -6,9 +6,12 @@ from hf_dp.cli.options import (
     AnyAccountantName,
     AsJson,
     Delta,
+    Dimension,
     MaxBatchSize,
     MaxExamplesPerUser,
     NoiseMultiplier,
+    NoiseName,
+    NormName,
     NumExamples,
     NumSteps,
     PrivacyUnitName,
@@ -30,12 +33,16 @@ def epsilon(
     privacy_unit: PrivacyUnitName = "example",
     user_sampling: UserSamplingName = None,
     max_examples_per_user: MaxExamplesPerUser = None,
+    noise: NoiseName = "gaussian",
+    norm: NormName = None,
+    dimension: Dimension = None,
     accountant: AnyAccountantName = "pld",
     as_json: AsJson = False,
 ) -> None:
-    """Print the epsilon of a run with Gaussian noise."""
+    """Print the epsilon of a run with Gaussian or Laplace noise."""
     from hf_dp.accounting import accountant_or_estimator_named
     from hf_dp.cli.answer import show
+    from hf_dp.cli.noise_kind import noise_kind
     from hf_dp.cli.sampled import run_of
     from hf_dp.cli.users import protecting
 
@@ -46,6 +53,7 @@ def epsilon(
         num_examples=num_examples,
         max_batch_size=max_batch_size,
         noise_multiplier=noise_multiplier,
+        kind=noise_kind(noise, norm, dimension),
     )
     run = protecting(
         drawn,

@@ -10,8 +10,11 @@ from hf_dp.cli.options import (
     AccountantName,
     AsJson,
     Delta,
+    Dimension,
     MaxBatchSize,
     MaxExamplesPerUser,
+    NoiseName,
+    NormName,
     NumExamples,
     NumSteps,
     PrivacyUnitName,
@@ -33,12 +36,16 @@ def noise(
     privacy_unit: PrivacyUnitName = "example",
     user_sampling: UserSamplingName = None,
     max_examples_per_user: MaxExamplesPerUser = None,
+    noise: NoiseName = "gaussian",
+    norm: NormName = None,
+    dimension: Dimension = None,
     accountant: AccountantName = "pld",
     as_json: AsJson = False,
 ) -> None:
     """Print the smallest noise multiplier that keeps epsilon within a target."""
     from hf_dp.accounting import accountant_named
     from hf_dp.cli.answer import show
+    from hf_dp.cli.noise_kind import noise_kind
     from hf_dp.cli.sampled import run_of
     from hf_dp.cli.users import protecting
 
@@ -49,6 +56,7 @@ def noise(
         num_steps,
         num_examples=num_examples,
         max_batch_size=max_batch_size,
+        kind=noise_kind(noise, norm, dimension),
     )
     asked = protecting(
         drawn,

@@ -18,6 +18,25 @@ SamplingProbability = Annotated[
 NoiseMultiplier = Annotated[
     float, typer.Option(help="Standard deviation of the noise / clipping norm, > 0.")
 ]
+NoiseName = Annotated[
+    str,
+    typer.Option(
+        help="'gaussian', or 'laplace' (less noise only for one or a few numbers and few releases)."
+    ),
+]
+NormName = Annotated[
+    str | None,
+    typer.Option(
+        help="With --noise laplace: the norm in which one unit is clipped, 'l1' (default) or 'l2'."
+    ),
+]
+Dimension = Annotated[
+    int | None,
+    typer.Option(
+        help="With --norm l2: how many numbers are noised, at most. Default: any number, which costs "
+        "most; with --norm l1 it changes nothing."
+    ),
+]
 NumSteps = Annotated[int, typer.Option(help="Optimizer steps, > 0; each is a release.")]
 Delta = Annotated[
     float,

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from hf_dp.events import (
     Gaussian,
+    Laplace,
     NeighboringRelation,
     PoissonSampled,
     PrivacyEvent,
@@ -16,9 +17,12 @@ from hf_dp.events import (
 )
 
 
+GAUSSIAN = Gaussian(1.0)
+
+
 @dataclass(frozen=True)
 class PoissonRun:
-    """Poisson sampling and Gaussian noise, the same in every step; an accountant can choose the noise.
+    """Poisson sampling and one kind of noise, the same in every step; an accountant can choose how much.
 
     The relation is to add or remove one example: probability and steps are typed in as constants.
 
@@ -26,11 +30,13 @@ class PoissonRun:
         sampling_probability: In (0, 1].
         num_steps: > 0.
         noise_multiplier: > 0.
+        kind: The noise; its own multiplier is not used.
     """
 
     sampling_probability: float
     num_steps: int
     noise_multiplier: float = 1.0
+    kind: Gaussian | Laplace = GAUSSIAN
 
     sampling: ClassVar[str] = "poisson"
     unit: ClassVar[PrivacyUnit] = "example"
@@ -38,7 +44,8 @@ class PoissonRun:
 
     def event(self) -> PrivacyEvent:
         """What the whole run releases."""
-        step = PoissonSampled(self.sampling_probability, Gaussian(self.noise_multiplier))
+        noise = dataclasses.replace(self.kind, noise_multiplier=self.noise_multiplier)
+        step = PoissonSampled(self.sampling_probability, noise)
         return SelfComposed(step, self.num_steps)
 
     def with_noise_multiplier(self, noise_multiplier: float) -> PoissonRun:

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from hf_dp._validate import one_of, positive_integer, probability
-from hf_dp.cli.run import PoissonRun
+from hf_dp.cli.run import GAUSSIAN, PoissonRun
 from hf_dp.errors import ConfigurationError, explain
 from hf_dp.events import (
     BallsInBins,
     Gaussian,
+    Laplace,
     NeighboringRelation,
     PrivacyEvent,
     PrivacyUnit,
@@ -40,7 +41,7 @@ PASSES: Mapping[str, Callable[[int, PrivacyEvent], PrivacyEvent]] = {
 
 @dataclass(frozen=True)
 class SampledRun:
-    """One sampling and Gaussian noise, the same in every step; an accountant can choose the noise.
+    """One sampling and one kind of noise, the same in every step; an accountant can choose how much.
 
     Attributes:
         sampling: A key of `RELATIONS`, other than "poisson".
@@ -49,6 +50,7 @@ class SampledRun:
         num_examples: Needed by "fixed_size" and "truncated_poisson".
         max_batch_size: The cap of "truncated_poisson"; None for ten standard deviations above the mean.
         noise_multiplier: > 0.
+        kind: The noise; its own multiplier is not used.
     """
 
     sampling: str
@@ -57,6 +59,7 @@ class SampledRun:
     num_examples: int | None = None
     max_batch_size: int | None = None
     noise_multiplier: float = 1.0
+    kind: Gaussian | Laplace = GAUSSIAN
 
     unit: ClassVar[PrivacyUnit] = "example"
 
@@ -71,7 +74,7 @@ class SampledRun:
             "hf-dp.sampling_probability", self.sampling_probability, _WHY_CHANCE, _REMEDY_CHANCE
         )
         positive_integer("hf-dp.num_steps", self.num_steps, "It counts releases.", "Use 1 or more.")
-        noise = Gaussian(self.noise_multiplier)
+        noise = dataclasses.replace(self.kind, noise_multiplier=self.noise_multiplier)
         if self.sampling in PASSES:
             num_batches = round(1 / q)
             num_passes = math.ceil(self.num_steps / num_batches)
@@ -124,6 +127,7 @@ def run_of(
     num_examples: int | None = None,
     max_batch_size: int | None = None,
     noise_multiplier: float = 1.0,
+    kind: Gaussian | Laplace = GAUSSIAN,
 ) -> PoissonRun | SampledRun:
     """The run that the options of a subcommand describe; see `SampledRun` for the arguments.
 
@@ -142,9 +146,15 @@ def run_of(
             )
         )
     if sampling == "poisson":
-        return PoissonRun(sampling_probability, num_steps, noise_multiplier)
+        return PoissonRun(sampling_probability, num_steps, noise_multiplier, kind)
     return SampledRun(
-        sampling, sampling_probability, num_steps, num_examples, max_batch_size, noise_multiplier
+        sampling,
+        sampling_probability,
+        num_steps,
+        num_examples,
+        max_batch_size,
+        noise_multiplier,
+        kind,
     )
 
 

@@ -12,6 +12,7 @@ from hf_dp.cli.sampled import SampledRun
 from hf_dp.errors import ConfigurationError, explain
 from hf_dp.events import (
     Gaussian,
+    Laplace,
     NeighboringRelation,
     PoissonSampledContributions,
     PrivacyEvent,
@@ -62,6 +63,11 @@ class UserRun:
         return self.drawn.noise_multiplier
 
     @property
+    def kind(self) -> Gaussian | Laplace:
+        """The noise; its own multiplier is not used."""
+        return self.drawn.kind
+
+    @property
     def relation(self) -> NeighboringRelation:
         """Which datasets count as neighbours."""
         return self.drawn.relation
@@ -71,7 +77,7 @@ class UserRun:
         if self.user_sampling == "users":
             return self.drawn.event()
         most = _checked_most(self.max_examples_per_user)
-        noise = Gaussian(self.noise_multiplier)
+        noise = dataclasses.replace(self.kind, noise_multiplier=self.noise_multiplier)
         step = PoissonSampledContributions(self.sampling_probability, most, noise)
         return SelfComposed(step, self.num_steps)
 
