@@ -16,7 +16,6 @@ from hf_dp.events import (
     SelfComposed,
 )
 
-
 GAUSSIAN = Gaussian(1.0)
 
 
