@@ -22,6 +22,7 @@ from hf_dp.engines.coverage import Coverage, TapPoint
 from hf_dp.engines.flops import counted
 from hf_dp.engines.rows import batch_size
 from hf_dp.engines.undisturbed import undisturbed
+from hf_dp.events import Norm
 from hf_dp.layers.factors import Factor
 from hf_dp.layers.routed import Routed
 
@@ -143,6 +144,7 @@ def explain_engine(
     engine: GradientEngine,
     example_loss: ExampleLoss,
     length: int | None = None,
+    norm: Norm = "l2",
 ) -> EngineReport:
     """Run `engine` on public examples and tell how it went about it.
 
@@ -152,12 +154,13 @@ def explain_engine(
         engine: What it learns about the model stays with it.
         example_loss: One loss per example.
         length: Positions of the examples, for the report.
+        norm: In which examples are clipped.
 
     Raises:
         UncoveredParameterError: The engine does not cover the model.
     """
     with undisturbed(model):
-        clipping = FlatClipping(1.0)
+        clipping = FlatClipping(1.0, norm)
 
         def summed_by(one: GradientEngine) -> None:
             one.clipped_sum(model, inputs, example_loss=example_loss, clipping=clipping)
@@ -173,7 +176,7 @@ def explain_engine(
             coverage = recorder.coverage(model)
             with recorder.forward(model, inputs, example_loss) as passed:
                 passed.backward(
-                    lambda name, factor: factors.update({name: _row(coverage, name, factor)})
+                    lambda name, factor: factors.update({name: _row(coverage, name, factor, norm)})
                 )
             rows = [
                 factors.get(name) or _unused(name, p) for name, p in coverage.parameters.items()
@@ -205,10 +208,13 @@ def _plain_flops(model: nn.Module, inputs: Mapping[str, Any], example_loss: Exam
 # ---- one parameter -------------------------------------------------------------------------------
 
 
-def _row(coverage: Coverage, name: str, factor: Factor) -> EngineRow:
+def _row(coverage: Coverage, name: str, factor: Factor, norm: Norm) -> EngineRow:
     parameter = coverage.parameters[name]
     points = [p for p in coverage.points if any(q is parameter for q in p.parameters)]
     form, ordinary, extra, kept = _cost(factor)
+    if norm == "l1":
+        numbers = parameter.numel()
+        form, extra, kept = "written out", 4.0 * numbers, float(_SINGLE * numbers)
     return EngineRow(
         parameters=name,
         count=1,

@@ -16,6 +16,7 @@ from hf_dp.accounting.shown import rounded_up
 from hf_dp.errors import LedgerError, explain
 from hf_dp.events import NeighboringRelation, PrivacyEvent, from_json
 from hf_dp.ledger import LEDGER_NAME, LedgerRecord, read_ledger
+from hf_dp.reports.of_noise import dear_in_high_dimension
 from hf_dp.reports.of_users import TRUSTED, fewer_than, in_words
 
 _RELATIONS = {
@@ -119,6 +120,10 @@ class PrivacyReport:
         """Sampler, clipping and noise, each as ``Class(field=value, ...)``, and what users bring."""
         plan = self.header["plan"]
         found = {name: _short(plan[name]) for name in ("sampler", "clipping", "noise")}
+        size = self.header.get("noise_multiplier")
+        if isinstance(size, int | float) and "sensitivity" in plan:
+            deviation = _value(float(size * plan["sensitivity"]))
+            found["noise"] += f", standard deviation {deviation} on each coordinate of a sum"
         return found if self._users is None else {"users": in_words(self._users), **found}
 
     @property
@@ -174,6 +179,9 @@ class PrivacyReport:
                 "Batches are shuffled, from which privacy gains nothing: the guarantee is that of batches "
                 "in any fixed order, and a figure for Poisson sampling would not hold."
             )
+        dear = self.event and dear_in_high_dimension(self.event)
+        if dear:
+            found.append(dear)
         if self._users is not None:
             found.append(TRUSTED)
         if self._holds_for_adding:
@@ -211,7 +219,11 @@ class PrivacyReport:
             "accountant": self.guarantee.accountant,
             "unit": self.guarantee.unit,
             "relation": str(self.guarantee.relation),
-            "noise_multiplier": self.header["plan"]["noise"].get("noise_multiplier"),
+            "noise": _name(self.header["plan"]["noise"]),
+            "noise_multiplier": self.header.get(
+                "noise_multiplier", self.header["plan"]["noise"].get("noise_multiplier")
+            ),
+            "clipping_norm_type": self.header["plan"]["clipping"].get("norm", "l2"),
             "sampling_probability": _drawing(self.header).get("sampling_probability"),
             "num_releases": self.num_releases,
             "num_steps": self.header["plan"]["num_steps"],
@@ -257,9 +269,12 @@ def _drawing(header: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _short(part: Mapping[str, Any]) -> str:
     fields = ", ".join(f"{key}={_value(part[key])}" for key in part if key != "type")
+    return f"{_name(part)}({fields})"
+
+
+def _name(part: Mapping[str, Any]) -> str:
     name = str(part["type"])
-    shown = name.rsplit(".", 1)[-1] if name.startswith("hf_dp.") else name
-    return f"{shown}({fields})"
+    return name.rsplit(".", 1)[-1] if name.startswith("hf_dp.") else name
 
 
 def _value(value: object) -> str:

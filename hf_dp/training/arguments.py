@@ -9,6 +9,7 @@ from hf_dp.accounting import ACCOUNTANTS, check_delta, default_delta
 from hf_dp.engines import ENGINES
 from hf_dp.engines.owners import UserReduction
 from hf_dp.errors import ConfigurationError, explain
+from hf_dp.training.noise_options import check_noise_options
 from hf_dp.training.user_options import PRIVACY_UNITS, check_user_options
 
 LEDGER_MODES = ("new", "continue")
@@ -48,8 +49,23 @@ class DPArguments:
     clipping_norm: float = field(
         default=1.0,
         metadata={
-            "help": "L2 norm to which the gradient (and loss coordinate) of each example, or of each drawn "
+            "help": "Norm to which the gradient (and loss coordinate) of each example, or of each drawn "
             "user, is clipped."
+        },
+    )
+    clipping_norm_type: str = field(
+        default="l2",
+        metadata={
+            "help": "Which norm that is: 'l2', or 'l1', the sum of absolute values, up to the square root "
+            "of the number of trained parameters as large; for 'l1' each example's gradient is written out."
+        },
+    )
+    noise: str = field(
+        default="gaussian",
+        metadata={
+            "help": "Noise that is added: 'gaussian'; 'laplace', which needs less of it for few numbers, or "
+            "releases, under strong privacy; 'lmo', Laplace noise of a random scale whose law is searched "
+            "for the target_epsilon; or 'auto', the least of the three."
         },
     )
     expected_batch_size: float | None = field(
@@ -143,7 +159,8 @@ class DPArguments:
     loss_share: float = field(
         default=0.1,
         metadata={
-            "help": "Part of clipping_norm that the released loss takes; 0.1 leaves 99.5% for the gradient."
+            "help": "Part of clipping_norm that the released loss takes; 0.1 leaves 99.5% for the gradient, "
+            "or 90% with clipping_norm_type='l1'."
         },
     )
     loss_ceiling: float | None = field(
@@ -182,7 +199,7 @@ class DPArguments:
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
-        self._check_noise()
+        check_noise_options(self)
         positive(
             "DPArguments.clipping_norm",
             self.clipping_norm,
@@ -198,34 +215,6 @@ class DPArguments:
         self._check_optional_numbers()
         self._check_choices()
         check_user_options(self)
-
-    def _check_noise(self) -> None:
-        given = [self.target_epsilon is not None, self.noise_multiplier is not None]
-        if given.count(True) != 1:
-            raise ConfigurationError(
-                explain(
-                    "DPArguments.(target_epsilon, noise_multiplier)",
-                    (self.target_epsilon, self.noise_multiplier),
-                    "exactly one of the two",
-                    "Neither asks for no privacy, and both contradict each other.",
-                    "Set target_epsilon=3.0 and let the accountant choose the noise, or set "
-                    "noise_multiplier and read epsilon from the log.",
-                )
-            )
-        if self.target_epsilon is not None:
-            positive(
-                "DPArguments.target_epsilon",
-                self.target_epsilon,
-                "Epsilon 0 would need infinite noise.",
-                "Typical values are 0.5 to 8.",
-            )
-        if self.noise_multiplier is not None:
-            positive(
-                "DPArguments.noise_multiplier",
-                self.noise_multiplier,
-                "Without noise nothing is private.",
-                "Use transformers.Trainer to train without privacy.",
-            )
 
     def _check_optional_numbers(self) -> None:
         if self.target_delta is not None:

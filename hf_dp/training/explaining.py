@@ -14,6 +14,7 @@ from hf_dp.engines import engine_named
 from hf_dp.engines.base import ExampleLoss, GradientEngine
 from hf_dp.engines.explain import EngineReport, explain_engine
 from hf_dp.errors import ConfigurationError, explain
+from hf_dp.events import Norm
 from hf_dp.training.made_up import made_up_rows
 from hf_dp.training.tasks import Task, recognise_task, unwrapped
 from hf_dp.training.vectorised import vectorised_loss, without_targets
@@ -39,6 +40,7 @@ def explain_training(
     engine: GradientEngine,
     example_loss: ExampleLoss,
     length: int = 128,
+    norm: Norm = "l2",
 ) -> EngineReport:
     """Try `engine` on two made-up examples with the columns of a batch of one real one.
 
@@ -48,6 +50,7 @@ def explain_training(
         engine: The one that will train.
         example_loss: One loss per example.
         length: In tokens; what the model's positions do not reach is cut.
+        norm: In which examples are clipped.
 
     Raises:
         ConfigurationError: The model does not take the made-up examples.
@@ -69,7 +72,12 @@ def explain_training(
         ) from None
     read = any(name in rows for name in ("input_ids", "inputs_embeds"))
     return explain_engine(
-        model, rows, engine=engine, example_loss=example_loss, length=length if read else None
+        model,
+        rows,
+        engine=engine,
+        example_loss=example_loss,
+        length=length if read else None,
+        norm=norm,
     )
 
 

@@ -35,6 +35,7 @@ from hf_dp.training.batches import (
     logical_loader,
 )
 from hf_dp.training.checkpoints import resolve_checkpoint
+from hf_dp.training.chosen_noise import num_noised, warn_of_dear_noise
 from hf_dp.training.lines import NonPrivateMetrics
 from hf_dp.training.losses import default_loss_ceiling
 from hf_dp.training.made_up import LENGTHS
@@ -123,6 +124,7 @@ class DPTrainerMixin(SettledMixin, ShownMixin):
         self._choice = None
         self._claim: Claim | None = None
         self._schedule: Schedule | None = None
+        self._num_noised: int | None = None
         self._spending: Spending | None = None
         self._run_id: str | None = None
         self._rehearsed = False
@@ -156,14 +158,17 @@ class DPTrainerMixin(SettledMixin, ShownMixin):
             num_examples=size,
             users=users,
         )
-        if self._claim is None or when != self._schedule:
+        noised = num_noised(self.model, self.dp_args)
+        if self._claim is None or (when, noised) != (self._schedule, self._num_noised):
             labels = {"labels": torch.zeros(1, 1)}
             ceiling = default_loss_ceiling(self.model, recognise_task(self.model, labels))
-            plan = self._given_plan or plan_for(self.dp_args, when, self.accountant, ceiling)
+            plan = self._given_plan or plan_for(
+                self.dp_args, when, self.accountant, ceiling, noised
+            )
             self._claim = Claim.of(
                 plan, self.accountant, self.dp_args, when.num_units, self._ownership.claimed(users)
             )
-            self._schedule = when
+            self._schedule, self._num_noised = when, noised
         return self._claim
 
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:
@@ -196,6 +201,7 @@ class DPTrainerMixin(SettledMixin, ShownMixin):
         )
         if claim.users is not None:
             logger.info("hf_dp: users: %s", in_words(claim.users))
+        warn_of_dear_noise(claim.plan)
         try:
             return super().train(resume_from_checkpoint=checkpoint, **kwargs)
         finally:

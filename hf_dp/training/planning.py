@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from dataclasses import dataclass
 
@@ -12,7 +11,6 @@ from hf_dp.accounting.base import Accountant
 from hf_dp.clipping.flat import FlatClipping
 from hf_dp.clipping.loss import LossRelease
 from hf_dp.errors import ConfigurationError, explain
-from hf_dp.noise.gaussian import GaussianNoise
 from hf_dp.plan import PrivacyPlan
 from hf_dp.sampling import (
     BallsInBinsSampling,
@@ -26,12 +24,9 @@ from hf_dp.sampling import (
     UserSampling,
 )
 from hf_dp.training.arguments import DPArguments
-
-logger = logging.getLogger(__name__)
+from hf_dp.training.chosen_noise import noise_for, with_noise
 
 PASSES = {"balls_in_bins": BallsInBinsSampling, "shuffled": ShuffledSampling}
-
-_UNSIZED = 1.0  # noise of a plan that an accountant is about to size
 
 
 @dataclass(frozen=True)
@@ -226,23 +221,29 @@ def _sampler(dp_args: DPArguments, when: Schedule) -> BatchSampler:
 
 
 def plan_for(
-    dp_args: DPArguments, when: Schedule, accountant: Accountant, default_ceiling: float
+    dp_args: DPArguments,
+    when: Schedule,
+    accountant: Accountant,
+    default_ceiling: float,
+    num_noised: int | None = None,
 ) -> PrivacyPlan:
-    """The plan of a run; with a target epsilon the accountant sizes its noise."""
+    """The plan of a run; with a target epsilon the accountant sizes its noise.
+
+    Args:
+        dp_args: What privacy is asked for.
+        when: How many steps on how many examples.
+        accountant: Bounds epsilon.
+        default_ceiling: Of the released loss.
+        num_noised: Coordinates of a release, the loss's included; None where the noise is Gaussian.
+    """
     ceiling = dp_args.loss_ceiling or default_ceiling
+    noise = noise_for(dp_args, num_noised)
     plan = PrivacyPlan(
         sampler=sampler_for(dp_args, when),
-        clipping=FlatClipping(dp_args.clipping_norm),
-        noise=GaussianNoise(dp_args.noise_multiplier or _UNSIZED),
+        clipping=FlatClipping(dp_args.clipping_norm, noise.norm),
+        noise=noise,
         num_steps=when.num_steps,
         expected_batch_size=when.expected_batch_size,
         loss_release=LossRelease(dp_args.loss_share, ceiling) if dp_args.private_loss else None,
     )
-    if dp_args.target_epsilon is None:
-        return plan
-    delta = dp_args.delta_for(when.num_units)
-    sized = accountant.calibrate(plan, target_epsilon=dp_args.target_epsilon, target_delta=delta)
-    logger.info(
-        "hf_dp: %s for epsilon <= %s at delta = %.3g", sized.noise, dp_args.target_epsilon, delta
-    )
-    return sized
+    return with_noise(plan, dp_args, accountant, dp_args.delta_for(when.num_units), num_noised)

@@ -13,8 +13,12 @@ from torch.utils.data import DataLoader
 from hf_dp.coins import Coins
 from hf_dp.engines import ExampleLoss, GradientEngine, SequentialEngine
 from hf_dp.engines.explain import EngineReport
+from hf_dp.events import Norm
+from hf_dp.plan import PrivacyPlan
+from hf_dp.training.arguments import DPArguments
 from hf_dp.training.batches import without_column
 from hf_dp.training.choice import Choice, announce, choose
+from hf_dp.training.chosen_noise import norm_of
 from hf_dp.training.explaining import explain_training
 from hf_dp.training.ownership import Ownership
 from hf_dp.training.packing import apart
@@ -36,6 +40,14 @@ class SettledMixin(_Host):
     _choice: Choice | None
     _given_loss: ExampleLoss | None
     _ownership: Ownership
+    dp_args: DPArguments
+    _given_plan: PrivacyPlan | None
+
+    @property
+    def _clipping_norm_type(self) -> Norm:
+        if self._given_plan is not None:
+            return self._given_plan.clipping.norm
+        return norm_of(self.dp_args)
 
     def _settle_loss(self, host: DataLoader[Any]) -> Choice:
         """Choose the loss of each example before any batch is drawn, on made-up examples."""
@@ -76,6 +88,7 @@ class SettledMixin(_Host):
                 engine=self.engine,
                 example_loss=self._loss_of_each,
                 length=length,
+                norm=self._clipping_norm_type,
             )
 
     def _loss_of_each(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:

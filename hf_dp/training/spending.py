@@ -91,6 +91,7 @@ class Claim:
             **({} if self.users is None else {"users": dict(self.users)}),
             "step_event": described["step_event"],
             "plan": described,
+            "noise_multiplier": getattr(self.plan.noise, "noise_multiplier", None),
             "accountant": self.accountant.name,
             "accountant_class": f"{type(self.accountant).__module__}.{type(self.accountant).__qualname__}",
             "delta": self.delta,

@@ -105,6 +105,17 @@ def test_the_form_follows_the_length(length: int, form: str) -> None:
     assert row(report(length), "table.weight").form == "segmented"
 
 
+@pytest.mark.parametrize("engine", ["book_keeping", "two_pass", "sequential"])
+def test_in_the_l1_norm_every_gradient_is_written_out(engine: str) -> None:
+    ids = torch.arange(12).view(2, 6)
+    found = explain_engine(
+        Stack(), {"ids": ids}, engine=engine_named(engine), example_loss=loss_of, norm="l1"
+    )
+    used = [row for row in found.rows if row.form != "not used"]
+    assert {row.form for row in used} == {"written out"}
+    assert sum(r.extra_bytes for r in used) >= 4 * (TABLE * WIDTH + 2 * WIDTH * WIDTH)
+
+
 def test_tied_weights_show_both_uses() -> None:
     class Tied(Stack):
         def __init__(self) -> None:
