@@ -19,6 +19,8 @@ from hf_dp.accounting._losses import Direction, DiscreteLoss, Floats, amplified,
 from hf_dp.accounting._released_scale import ReleasedScale
 from hf_dp.events import Laplace, PrivacyEvent, ScaleMixtureLaplace
 
+_MANY = 10_000  # coordinates; beyond, rounding would count
+
 
 class Symmetric(Protocol):
     """An unsampled release whose loss has the same law in both directions; hashable."""
@@ -73,6 +75,27 @@ class FixedScale:
 
 
 @dataclass(frozen=True)
+class BoundedLoss:
+    """Any release whose loss never passes `highest`, in either direction.
+
+    The likelihood ratio r has mean 1 under Q and lies between e^-h and e^h, h being `highest`. A convex
+    function lies below its chord, so max(r - e^epsilon, 0) has at most the mean that it would have if r were
+    at an end, at the upper one with the chance 1 / (1 + e^h) that the mean of r leaves.
+
+    Source:
+        Kairouz, Oh and Viswanath (2015), arXiv 1311.0776: it is dominated by randomised response.
+    """
+
+    highest: float
+
+    def profile(self, levels: Floats) -> Floats:
+        """A bound on delta(level), for levels >= 0, ``(n,)``."""
+        h = self.highest
+        deltas: Floats = np.maximum(-np.expm1(levels - h), 0.0) / (1 + math.exp(-h))
+        return deltas
+
+
+@dataclass(frozen=True)
 class SampledNoise:
     """Symmetric noise on a sum over a Poisson sample (over all units if the probability is 1)."""
 
@@ -118,7 +141,10 @@ def l1_shift(noise: Laplace | ScaleMixtureLaplace) -> float:
 
 @functools.lru_cache(maxsize=256)
 def symmetric_loss(inner: PrivacyEvent) -> Symmetric | None:
-    """The dominating pair of unsampled noise; None if none is known."""
+    """The dominating pair of unsampled noise; None if none is known.
+
+    Of hidden scales of several coordinates no more is used than their highest loss (`pure_epsilon`).
+    """
     noise = simplified(inner)
     assert isinstance(noise, Laplace | ScaleMixtureLaplace)
     shift = l1_shift(noise)
@@ -126,9 +152,9 @@ def symmetric_loss(inner: PrivacyEvent) -> Symmetric | None:
         return None
     if isinstance(noise, Laplace):
         return FixedScale(shift * inverse_scale(noise))
-    if noise.dimension == 1:  # what is hidden, or shared with nobody, is not released
-        return HiddenScale(noise.law)
-    return ReleasedScale(noise.law.scaled(shift)) if noise.draw == "shared" else None
+    if noise.draw == "shared":
+        return ReleasedScale(noise.law.scaled(shift))
+    return HiddenScale(noise.law) if noise.dimension == 1 else BoundedLoss(_pure_epsilon(noise))
 
 
 def has_laplace_loss(leaf: PrivacyEvent) -> bool:
@@ -151,7 +177,8 @@ def pure_epsilon(leaf: PrivacyEvent) -> float:
     Where scales are hidden, a coordinate that moves by s has the highest loss e(s) =
     log(f(0) / f(s)), f being the noise's density. f mixes exponentials, so log f is convex on s > 0 and e
     is concave: of all ways to move d coordinates by an l1 norm of at most c, none has a higher sum of
-    e(s_i) than equal moves, d e(c / d), which grows with d to c e'(0) = c E[lambda^2] / E[lambda].
+    e(s_i) than equal moves, d e(c / d), which grows with d to c e'(0) = c E[lambda^2] / E[lambda]. (For one
+    coordinate see `HiddenScale`, for the products of several add the losses.)
     Amplification by sampling: `amplified` at delta 0.
     """
     if not is_laplace(leaf):
@@ -170,8 +197,8 @@ def _pure_epsilon(inner: PrivacyEvent) -> float:
     if isinstance(noise, Laplace):
         return shift * inverse_scale(noise)
     law, dimension = noise.law, noise.dimension
-    if noise.draw == "shared" and dimension != 1:
+    if noise.draw == "shared":
         return shift * law.uniform_high if math.isinf(law.domain_end) else math.inf
-    if dimension is not None:
+    if dimension is not None and dimension <= _MANY:
         return dimension * float(law.pure_epsilon(shift / dimension))
     return shift * float(law.moment_second_derivative(0.0) / law.mean)

@@ -11,7 +11,7 @@ import math
 
 import numpy as np
 
-from hf_dp.accounting._laplace import inverse_scale, l1_shift
+from hf_dp.accounting._laplace import inverse_scale, l1_shift, pure_epsilon
 from hf_dp.accounting._leaves import simplified
 from hf_dp.accounting._losses import Floats
 from hf_dp.events import Laplace, PrivacyEvent, ScaleMixtureLaplace
@@ -20,6 +20,7 @@ from hf_dp.scale_law import ScaleLaw
 _POINTS = 256  # of the grid of shifts
 _NEAR = 1e-3
 _SLACK = 1e-9  # relative, for rounding
+_EDGE = 1e-7  # relative
 _ROUNDING = 4e-15  # absolute, of a log-moment
 
 
@@ -120,9 +121,11 @@ def log_moments(inner: PrivacyEvent, orders: Floats) -> Floats:
     found = np.full(len(orders), np.inf)
     if not math.isinf(shift):
         found = with_released_scale(noise.law, shift, orders)
-    if noise.norm == "l2" and noise.draw == "iid" and noise.dimension != 1:
+    if noise.draw == "shared":
+        return found
+    if noise.norm == "l2" and noise.dimension != 1:
         found = np.minimum(found, in_any_direction(noise.law, orders))
-    return found
+    return np.minimum(found, with_bounded_losses(noise, orders))
 
 
 def of_one_coordinate(shift: float, orders: Floats) -> Floats:
@@ -179,7 +182,7 @@ def with_released_scale(law: ScaleLaw, shift: float, orders: Floats) -> Floats:
           function that is 0 at 0 is superadditive.
     """
     a = orders
-    up, down = law.log_moment((a - 1) * shift), law.log_moment(-a * shift)
+    up, down = _log_moment(law, (a - 1) * shift), law.log_moment(-a * shift)
     rounding = _ROUNDING * (1 + np.abs(np.where(np.isfinite(up), up, 0.0)))
     moments: Floats = np.logaddexp(_log_share(a) + up, np.log((a - 1) / (2 * a - 1)) + down)
     return np.maximum(moments, 0.0) * (1 + _SLACK) + rounding
@@ -196,7 +199,7 @@ def in_any_direction(law: ScaleLaw, orders: Floats) -> Floats:
     a (a - 1) ((a - 1) M''((a - 1) s) + a M''(0)) / (2 a - 1), M'' being an increasing function.
     """
     bounds = np.full(len(orders), np.inf)
-    finite = orders - 1 < law.domain_end
+    finite = np.isfinite(_log_moment(law, orders - 1))
     if not finite.any():
         return bounds
     a = orders[finite][:, None]
@@ -215,6 +218,30 @@ def in_any_direction(law: ScaleLaw, orders: Floats) -> Floats:
     along = starts * w**2 + rises * w
     bounds[finite] = np.maximum(along.max(1), curvature[:, 0] / 2) * (1 + _SLACK)
     return bounds
+
+
+def with_bounded_losses(noise: ScaleMixtureLaplace, orders: Floats) -> Floats:
+    """A bound on K_a of hidden scales, one for each coordinate, for every order, ``(n,)``.
+
+    A coordinate that moves by s has losses of at most e(s), concave, 0 at 0, with slope
+    c = E[lambda^2] / E[lambda] there (`pure_epsilon`). For losses of at most h,
+    K_a <= log(cosh((a - 1 / 2) h) / cosh(h / 2)) (put x^a into `BoundedLoss`), which is at most
+    a (a - 1) h^2 / 2, as log cosh(y) - y^2 / 2 falls in y > 0. K_a adds up over coordinates. In the l2 norm
+    the sum of e(s_i)^2 is at most c^2; in the l1 norm it is at most e(1) times the sum of e(s_i).
+    """
+    law = noise.law
+    steepest = float(law.moment_second_derivative(0.0)) / law.mean
+    if noise.norm == "l2" and noise.dimension != 1:
+        squares = steepest**2
+    else:
+        squares = float(law.pure_epsilon(1.0)) * pure_epsilon(noise)
+    return orders * (orders - 1) / 2 * squares * (1 + _SLACK)
+
+
+def _log_moment(law: ScaleLaw, points: Floats) -> Floats:
+    """Log M; inf also just before the end of the domain, where rounding would count."""
+    logs: Floats = np.where(points < law.domain_end * (1 - _EDGE), law.log_moment(points), np.inf)
+    return logs
 
 
 def _log_share(a: Floats) -> Floats:

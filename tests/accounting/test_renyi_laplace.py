@@ -18,6 +18,7 @@ from hf_dp.accounting._renyi_laplace import (
     of_equal_moves,
     of_one_coordinate,
     sampled_log_moments,
+    with_bounded_losses,
     with_released_scale,
 )
 from hf_dp.accounting.rdp import ORDERS, epsilon_bounds, renyi_divergences
@@ -120,14 +121,13 @@ def test_moments_are_infinite_beyond_the_domain() -> None:
     # 1 / gamma_scale = 20, so orders from 21 on have no moment; a formula would go on.
     found = with_released_scale(ACCOUNTED, 1.0, np.array([20.0, 20.99, 21.0, 22.0, 128.0]))
     assert np.isfinite(found).tolist() == [True, True, False, False, False]
-    divergences = dict(zip(ORDERS, renyi_divergences(event(ACCOUNTED)), strict=True))
+    shown = event(ACCOUNTED, draw="shared")
+    divergences = dict(zip(ORDERS, renyi_divergences(shown), strict=True))
     assert math.isinf(divergences[128.0])
     assert math.isinf(divergences[21.0])
     assert divergences[20.0] == pytest.approx(0.3053739, abs=1e-7)
     # A sampled release of order a has the moments of all orders up to a in it.
-    sampled = dict(
-        zip(ORDERS, renyi_divergences(PoissonSampled(0.01, event(ACCOUNTED))), strict=True)
-    )
+    sampled = dict(zip(ORDERS, renyi_divergences(PoissonSampled(0.01, shown)), strict=True))
     assert math.isinf(sampled[21.0])
     assert sampled[20.0] < 0.02
     at_shift_two = with_released_scale(ACCOUNTED, 2.0, np.array([10.9, 11.0]))
@@ -276,19 +276,45 @@ def test_the_lesser_of_embedding_and_of_all_directions_is_taken() -> None:
     for dimension in (2, 3, 10_000):
         found = log_moments(event(SAMPLED, "l2", dimension), orders)
         embedded = with_released_scale(SAMPLED, math.sqrt(dimension), orders)
-        np.testing.assert_array_equal(
-            found, np.minimum(embedded, in_any_direction(SAMPLED, orders))
-        )
+        bounded = with_bounded_losses(event(SAMPLED, "l2", dimension), orders)
+        least = np.minimum(np.minimum(embedded, in_any_direction(SAMPLED, orders)), bounded)
+        np.testing.assert_array_equal(found, least)
+        shown = log_moments(event(SAMPLED, "l2", dimension, "shared"), orders)
+        np.testing.assert_array_equal(shown, embedded)
     one = log_moments(event(SAMPLED, "l2", 1), orders)
-    np.testing.assert_array_equal(one, log_moments(event(SAMPLED, "l1"), orders))
+    np.testing.assert_array_equal(one, log_moments(event(SAMPLED, "l1", 1), orders))
 
 
-def test_a_law_without_moments_leaves_only_the_pure_bound() -> None:
+def test_a_law_without_moments_leaves_bounded_losses() -> None:
     heavy = ScaleLaw(3.0, 20.0)  # moments below 1 / 20 only
-    assert np.isinf(renyi_divergences(event(heavy))).all()
+    assert np.isinf(in_any_direction(heavy, np.array([1.1, 2.0]))).all()
+    assert np.isinf(renyi_divergences(event(heavy, draw="shared"))).all()
+    assert np.isinf(epsilon_bounds({event(heavy, draw="shared"): 1}, 1e-5, 1, 1)).all()
     # E[lambda^2] / E[lambda] for any number of coordinates in the l1 norm.
     assert epsilon_bounds({event(heavy): 1}, 1e-5, 1, 2).tolist() == pytest.approx([80.0, 160.0])
-    assert np.isinf(epsilon_bounds({event(heavy, "l2"): 1}, 1e-5, 1, 1)).all()
+    assert np.isfinite(epsilon_bounds({event(heavy, "l2"): 1}, 1e-5, 1, 1)).all()
+
+
+@LAWS
+@pytest.mark.parametrize("order", [1.3, 2.0, 8.0, 40.0])
+def test_hidden_scales_lose_no_more_than_their_highest_loss_allows(
+    law: ScaleLaw, order: float
+) -> None:
+    a = np.array([order])
+    generator = np.random.default_rng(23)
+    for _ in range(8):
+        dimension = int(generator.integers(1, 7))
+        move = generator.standard_normal(dimension) ** int(generator.integers(1, 4))
+        for norm, power in (("l1", 1), ("l2", 2)):
+            moved = np.abs(move) / np.linalg.norm(move, power)
+            exact = sum(moment(law, float(one), order, 1.0, "remove") for one in moved)
+            for size in (dimension, None):
+                noise = event(law, norm, size)  # type: ignore[arg-type]
+                assert exact <= with_bounded_losses(noise, a)[0] * (1 + 1e-6)
+                assert exact <= log_moments(noise, a)[0] * (1 + 1e-6)
+    # No slack to spare: half a bound would be seen to be too little.
+    whole = moment(law, 1.0, 1.3, 1.0, "remove")
+    assert whole > 0.3 * with_bounded_losses(event(law, "l2", 1), np.array([1.3]))[0]
 
 
 def test_rounding_in_a_million_coordinates_is_on_the_safe_side() -> None:

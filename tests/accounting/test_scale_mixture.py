@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
 from dataclasses import astuple, dataclass, replace
 from typing import ClassVar
 
@@ -18,9 +17,14 @@ from hf_dp.accounting import PLDAccountant, accountant_named
 from hf_dp.accounting import _hidden_scale as hidden_module
 from hf_dp.accounting import _released_scale as released_module
 from hf_dp.accounting._hidden_scale import HiddenScale
-from hf_dp.accounting._laplace import FixedScale, laplace_loss, pure_epsilon
+from hf_dp.accounting._laplace import (
+    BoundedLoss,
+    FixedScale,
+    laplace_loss,
+    pure_epsilon,
+    symmetric_loss,
+)
 from hf_dp.accounting._released_scale import ReleasedScale
-from hf_dp.accounting._releases import has_loss
 from hf_dp.errors import UnsupportedEventError
 from hf_dp.events import (
     BallsInBins,
@@ -155,7 +159,7 @@ def chances_of(law: ScaleLaw, edges: Floats) -> Floats:
     return chances
 
 
-def spread(law: ScaleLaw, moves: int, cells: int = 500) -> tuple[Floats, Floats]:
+def spread(law: ScaleLaw, moves: float, cells: int = 500) -> tuple[Floats, Floats]:
     """Losses and chances of one of the coordinates that a unit moves by 1 / `moves`."""
     shift = 1 / moves
     grown = np.concatenate(([0.0], np.geomspace(1e-3, reach_of(law), cells)))
@@ -185,7 +189,31 @@ def test_two_halves_are_worse_than_one_coordinate() -> None:
             assert epsilon(several, 0.99 * halves, accountant) >= level
     # The planted fault: one coordinate's pair taken for two. It would be below the truth.
     assert epsilon(event(SAMPLED, 1), 0.99 * halves) < level
-    assert not has_loss(event(SAMPLED, 2))
+    assert isinstance(symmetric_loss(event(SAMPLED, 1)), HiddenScale)
+    assert not isinstance(symmetric_loss(event(SAMPLED, 2)), HiddenScale)
+    assert not isinstance(symmetric_loss(event(SAMPLED, 1, "l1", "shared")), HiddenScale)
+
+
+@LAWS
+@pytest.mark.parametrize("share", [0.5, 0.8])
+def test_two_coordinates_lose_no_more_than_their_highest_loss_allows(
+    law: ScaleLaw, share: float
+) -> None:
+    parts = [spread(law, 1 / part, 300) for part in (share, 1 - share)]
+    losses = (parts[0][0][:, None] + parts[1][0]).ravel()
+    chances = np.outer(parts[0][1], parts[1][1]).ravel()
+    for dimension in (2, 5, None):
+        loss = symmetric_loss(event(law, dimension))
+        assert isinstance(loss, BoundedLoss)
+        assert loss.highest == pure_epsilon(event(law, dimension))
+        levels = np.linspace(0.0, 1.1, 12) * loss.highest
+        for level, found in zip(levels, loss.profile(levels), strict=True):
+            assert delta_of(losses, chances, level) <= found * (1 + 1e-9)
+        # Randomised response itself has exactly this profile.
+        h = loss.highest
+        answers = np.array([-h, h]), np.array([1.0, math.exp(h)]) / (1 + math.exp(h))
+        exact = [delta_of(*answers, level) for level in levels]
+        np.testing.assert_allclose(loss.profile(levels), exact, atol=1e-15)
 
 
 def test_a_shown_scale_for_each_coordinate_is_not_dominated_by_one_coordinate() -> None:
@@ -435,7 +463,10 @@ def test_shown_scales_have_a_highest_loss_only_if_they_have_an_end() -> None:
     assert pure_epsilon(event(UNIFORM, None, "l1", "shared")) == 2.0
     assert pure_epsilon(event(UNIFORM, 9, "l2", "shared")) == 6.0
     assert math.isinf(pure_epsilon(event(LOMAX, 9, "l1", "shared")))
-    assert pure_epsilon(event(LOMAX, 1, "l2", "shared")) == pytest.approx(4 * math.log(4 / 3))
+    assert math.isinf(pure_epsilon(event(LOMAX, 1, "l2", "shared")))
+    assert pure_epsilon(event(LOMAX, 1, "l2")) == pytest.approx(4 * math.log(4 / 3))
+    # Rounding of a tiny move would be multiplied by the number of coordinates: then the limit is taken.
+    assert pure_epsilon(event(LOMAX, 10**15)) == pure_epsilon(event(LOMAX, None))
 
 
 @pytest.mark.parametrize("delta", [1e-12, 1e-10, 1e-4])
@@ -524,17 +555,10 @@ def test_large_losses_fall_back_to_divergences() -> None:
     assert 1.0 < epsilon(wide, 1e-6)
 
 
-def losses() -> list[Callable[[], object]]:
-    return [
-        lambda: laplace_loss(event(SAMPLED, 2)),
-        lambda: laplace_loss(event(SAMPLED, None, "l2")),
-    ]
-
-
-@pytest.mark.parametrize("lookup", losses())
-def test_hidden_scales_of_several_coordinates_have_no_pair(lookup: Callable[[], object]) -> None:
+@pytest.mark.parametrize("noise", [event(SAMPLED, None, "l2"), Laplace(1.0, "l2")], ids=str)
+def test_any_number_of_coordinates_in_the_l2_norm_has_no_pair(noise: PrivacyEvent) -> None:
     with pytest.raises(TypeError, match="ask `has_laplace_loss` first"):
-        lookup()
+        laplace_loss(noise)
 
 
 def test_fixed_scale_is_the_profile_that_is_averaged() -> None:
