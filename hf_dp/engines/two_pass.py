@@ -63,9 +63,6 @@ class TwoPassEngine(VectorisedEngine):
         owners: Owners | None,
     ) -> tuple[ClippedSum, bool]:
         ranks = Ranks(model)
-        if clipping.norm == "l1":
-            why = "Absolute values are taken of whole gradients, which no rank has."
-            refuse_sharded(model, "two_pass in the l1 norm", why, remedy="Clip in the l2 norm.")
         policy = gradient_clipping(clipping, loss_release)
         found: dict[str, Tensor] = {}
         with self.recorder.forward(model, inputs, example_loss, owners) as passed:

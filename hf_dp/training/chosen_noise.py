@@ -27,6 +27,7 @@ from hf_dp.training.noise_options import SEARCHED
 
 logger = logging.getLogger(__name__)
 
+_OF_THE_WINNER = 2  # sentences that a search says of it; behind them where others would win
 _UNSIZED = 1.0  # noise of a plan that an accountant is about to size
 
 
@@ -122,8 +123,9 @@ def _searched(
                 "Ask for a larger epsilon, or use noise='gaussian'.",
             )
         ) from error
-    for sentence in found.why():
-        logger.info("hf_dp: %s", sentence)
+    told = len(found.refused) + _OF_THE_WINNER
+    for place, sentence in enumerate(found.why()):
+        logger.log(logging.INFO if place < told else logging.DEBUG, "hf_dp: %s", sentence)
     return dataclasses.replace(plan, noise=found.mechanism)
 
 

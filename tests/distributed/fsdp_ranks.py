@@ -104,6 +104,7 @@ def refusal(model: nn.Module, batch: Mapping[str, Any], engine: str, loss: Any, 
 
 
 def main(rank: int, world: int, case: str) -> dict[str, object]:
+    case, _, norm = case.partition(" in ")
     torch.manual_seed(0)  # the same model on every rank
     model, loss, blocks = CASES[case]()
     model = model.double()
@@ -119,7 +120,12 @@ def main(rank: int, world: int, case: str) -> dict[str, object]:
 
     def step(engine: Any, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         summed = hf_dp.clipped_sum(
-            model, batch, clipping_norm=CLIPPING_NORM, engine=engine, example_loss=loss
+            model,
+            batch,
+            clipping_norm=CLIPPING_NORM * (10 if norm else 1),
+            clipping_norm_type=norm or "l2",
+            engine=engine,
+            example_loss=loss,
         )
         for name, parameter in model.named_parameters():
             if name in summed.grads:

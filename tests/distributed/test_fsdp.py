@@ -43,7 +43,9 @@ def run(case: str) -> dict[str, object]:
     return answer
 
 
-@pytest.mark.parametrize("case", ["gpt2", "checkpointed", "bert", "llama_lora"])
+@pytest.mark.parametrize(
+    "case", ["gpt2", "checkpointed", "bert", "llama_lora", "gpt2 in l1", "llama_lora in l1"]
+)
 def test_sums_over_ranks_are_those_of_a_loop_over_all_examples(case: str) -> None:
     """Tied weights, checkpointing, full and LoRA; three steps each, which also follow the updates."""
     answer = run(case)
