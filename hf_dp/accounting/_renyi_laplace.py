@@ -125,7 +125,8 @@ def log_moments(inner: PrivacyEvent, orders: Floats) -> Floats:
         return found
     if noise.norm == "l2" and noise.dimension != 1:
         found = np.minimum(found, in_any_direction(noise.law, orders))
-    return np.minimum(found, with_bounded_losses(noise, orders))
+    bounded: Floats = np.minimum(found, with_bounded_losses(noise, orders))
+    return bounded
 
 
 def of_one_coordinate(shift: float, orders: Floats) -> Floats:
