@@ -317,6 +317,15 @@ def test_hidden_scales_lose_no_more_than_their_highest_loss_allows(
     assert whole > 0.3 * with_bounded_losses(event(law, "l2", 1), np.array([1.3]))[0]
 
 
+def test_many_small_moves_lose_up_to_the_slope_of_the_highest_loss() -> None:
+    law, order, dimension = LOMAX.scaled(5.0), 2.0, 400
+    exact = dimension * moment(law, 1 / math.sqrt(dimension), order, 1.0, "remove")
+    bound = float(with_bounded_losses(event(law, "l2"), np.array([order]))[0])
+    assert exact <= bound < 2 * exact
+    # The planted fault: the highest loss of a whole move instead of its slope at 0.
+    assert exact > 1.2 * order * (order - 1) / 2 * float(law.pure_epsilon(1.0)) ** 2
+
+
 def test_rounding_in_a_million_coordinates_is_on_the_safe_side() -> None:
     for dimension in (10**6, 10**9, 10**12):
         found = of_equal_moves(1.0, dimension, np.array([2.0, 3.0]))
