@@ -20,7 +20,7 @@ from __future__ import annotations
 import functools
 import random
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -30,6 +30,9 @@ from hf_dp.engines.tap import Call, Recording
 from hf_dp.errors import UncoveredParameterError
 from hf_dp.layers.base import UnitAxis
 from hf_dp.layers.factors import wide
+
+Backward = Callable[[Tensor, Callable[[Call], None]], None]
+"""``backward(losses, on_call)`` runs a backward pass over one graph, as often as it is called."""
 
 _SUMS = 4  # random sums of a row; all of them miss a difference of its size once in 1e8 times
 _LEVELS, _FEW_LEVELS = 64, 4  # powers of two in one pass; float16 overflows early
@@ -74,15 +77,20 @@ def prove(record: Recording, losses: Tensor, *, hidden: bool) -> bool:
         MixedRowsError: Some are not.
         UnprovedError: That cannot be seen.
     """
+    return compare(functools.partial(record.backward, again=True), losses, hidden=hidden)
+
+
+def compare(backward: Backward, losses: Tensor, *, hidden: bool) -> bool:
+    """As `prove`, for whatever calls a backward pass hands over."""
     units = len(losses)
     if units == 1 or not losses.requires_grad:
         return True
     proof = _Proof(units, _coarsest(losses))
-    record.backward(losses, proof.note, again=True)
+    backward(losses, proof.note)
     for weights in _weights(units, losses):
         found: dict[int, list[Tensor | None]] = {}
         scale = wide(weights)[:, None, None]
-        record.backward(losses * weights, functools.partial(proof.see, found), again=True)
+        backward(losses * weights, functools.partial(proof.see, found))
         proof.compare(found, scale)
     return proof.verdict(torch.isfinite(losses.detach()), hidden=hidden)
 

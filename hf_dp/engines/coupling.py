@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from hf_dp.engines.base import ExampleLoss, checked_losses, trainable_parameters
 from hf_dp.engines.probe import mode_of
-from hf_dp.engines.rows import batch_size, row
+from hf_dp.engines.rows import batch_size, row, select_rows, tensors_in
 from hf_dp.engines.sharded import Ranks, is_sharded
 from hf_dp.engines.undisturbed import without_dropout
 from hf_dp.errors import ConfigurationError, explain
@@ -30,7 +30,9 @@ Batch = Mapping[str, Any]
 _TRIED, _PAIR = 4, 2
 # Of losses, relative: what rounding does not explain in several examples.
 _GAPS = {"float32": 1e-4, "accelerator": 2e-3, "half": 5e-2}
+_GRADIENT_GAPS = {"float32": 1e-2, "accelerator": 5e-2, "half": 0.5}
 _LITTLE_LOSS = 0.1
+_TINY = torch.finfo(torch.float32).tiny
 
 _WHY = "Otherwise one example changes the gradients of others, and what it moves in the sum is not bounded."
 
@@ -78,7 +80,9 @@ def check_mates(model: nn.Module, inputs: Batch, example_loss: ExampleLoss) -> N
 
     In evaluation mode and, where nothing but dropout is drawn, in the mode that the model is in. All
     rows keep their padding. A router that rounding tips over is no coupling, nor a loss that is all
-    rounding: a gap must show in two examples, where more than two are tried.
+    rounding: a gap must show in two examples, where more than two are tried. So with gradients, in which
+    what lies behind a branch that starts at zero shows first; where the loss is next to nothing, they are
+    all rounding.
 
     Args:
         model: As the engine calls it.
@@ -95,11 +99,33 @@ def check_mates(model: nn.Module, inputs: Batch, example_loss: ExampleLoss) -> N
             gaps, half = _gaps(model, inputs, example_loss)
             if not Randomness.now(device).same(before):
                 continue  # other draws for an example alone than among others
-            rounding = "float32" if device.type == "cpu" else "accelerator"
-            little = _GAPS["half" if half else rounding]
-            wrong = int((gaps > little).sum()) > (len(gaps) > _PAIR)
+            rounding = "half" if half else "float32" if device.type == "cpu" else "accelerator"
+            wrong = _shows(gaps, _GAPS[rounding])
+            if not (wrong or is_sharded(model)):
+                gaps = _gradient_gaps(model, inputs, example_loss)
+                wrong = _shows(gaps, _GRADIENT_GAPS[rounding])
             if Ranks(model).any(wrong):
-                raise _mates_refusal(model, inputs, int(gaps.argmax()), example_loss, little)
+                index = int(gaps.argmax())
+                raise _mates_refusal(model, inputs, index, example_loss, _GAPS[rounding])
+
+
+def _shows(gaps: Tensor, little: float) -> bool:
+    return int((gaps > little).sum()) > (len(gaps) > _PAIR)
+
+
+def _gradient_gaps(model: nn.Module, inputs: Batch, example_loss: ExampleLoss) -> Tensor:
+    """How far gradients among a few others are from gradients alone, relative to their length."""
+    size = min(batch_size(inputs), _TRIED)
+    few = select_rows(inputs, range(size))
+    parameters = list(trainable_parameters(model).values())
+    together = checked_losses(example_loss(model, few), size)
+    gaps = torch.zeros(size, dtype=torch.float64)
+    for index in range(size):
+        alone = checked_losses(example_loss(model, row(inputs, index)), 1)
+        if float(alone.detach().abs()) > _LITTLE_LOSS:
+            gap, length = _gap(together[index], alone, parameters)
+            gaps[index] = (gap / max(length, _TINY)) ** 0.5
+    return gaps.nan_to_num(0, 0, 0)
 
 
 @torch.no_grad()
@@ -128,7 +154,7 @@ def _noting_half(model: nn.Module) -> Iterator[list[bool]]:
 
     def note(module: nn.Module, args: Any, output: Any) -> None:
         least = torch.finfo(torch.float32).eps
-        floats = (t for t in _tensors(output) if t.is_floating_point())
+        floats = (t for t in tensors_in(output) if t.is_floating_point())
         if not found and any(torch.finfo(t.dtype).eps > least for t in floats):
             found.append(True)
 
@@ -158,6 +184,13 @@ def _close(found: Tensor, expected: Tensor, tolerance: float) -> bool:
 def _same_gradients(
     loss: Tensor, other: Tensor, parameters: list[nn.Parameter], tolerance: float
 ) -> bool:
+    gap, size = _gap(loss, other, parameters)
+    # written so that NaN, which the engine drops, does not count as a difference
+    return not gap > tolerance**2 * max(size, _TINY)
+
+
+def _gap(loss: Tensor, other: Tensor, parameters: list[nn.Parameter]) -> tuple[float, float]:
+    """Squares: of the length of the gradients' difference, and of that of the other's gradient."""
     found, expected = _gradients(loss, parameters), _gradients(other.sum(), parameters)
     gap, size = 0.0, 0.0
     for a, b in zip(found, expected, strict=True):
@@ -166,8 +199,7 @@ def _same_gradients(
             right = torch.zeros_like(left) if b is None else wide(b)
             gap += float((left - right).square().sum())
             size += float(right.square().sum())
-    # written so that NaN, which the engine drops, does not count as a difference
-    return not gap > tolerance**2 * max(size, torch.finfo(torch.float32).tiny)
+    return gap, size
 
 
 def _given(gradient: Tensor | None) -> Tensor:
@@ -219,7 +251,7 @@ def _flow(model: nn.Module, inputs: Batch, index: int, example_loss: ExampleLoss
 
     def note(name: str, enters: bool) -> Callable[..., None]:
         def hook(_: nn.Module, *seen: Any) -> None:
-            for value in _tensors(seen[-1]):
+            for value in tensors_in(seen[-1]):
                 counts[name, enters] += 1
                 if value.dim() > 0 and value.shape[0] == size and value.is_floating_point():
                     flow[name, enters, counts[name, enters]] = value[index].detach().clone()
@@ -232,17 +264,6 @@ def _flow(model: nn.Module, inputs: Batch, index: int, example_loss: ExampleLoss
             stack.enter_context(module.register_forward_hook(note(name, False)))
         example_loss(model, inputs)
     return flow
-
-
-def _tensors(value: object) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for inner in value.values():
-            yield from _tensors(inner)
-    elif isinstance(value, tuple | list):
-        for inner in value:
-            yield from _tensors(inner)
 
 
 def _alike(value: Tensor, other: Tensor, tolerance: float) -> bool:

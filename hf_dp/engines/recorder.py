@@ -15,6 +15,8 @@ from hf_dp.engines.attribution import prove
 from hf_dp.engines.base import ExampleLoss, checked_losses
 from hf_dp.engines.by_content import Graph, hooks_on_gradients
 from hf_dp.engines.coverage import Coverage, NotTappableError, coverage_of
+from hf_dp.engines.familiar import is_familiar, is_from_library
+from hf_dp.engines.own_losses import watched
 from hf_dp.engines.owners import Owners
 from hf_dp.engines.precision import full_precision
 from hf_dp.engines.rows import batch_size
@@ -106,28 +108,32 @@ def _run(
 ) -> Pass:
     num_units = batch_size(inputs)
     record = stack.enter_context(recording(coverage, num_units))
-    with hooks_on_gradients() as hooks:
+    with hooks_on_gradients() as hooks, watched(model) as outputs:
         losses = checked_losses(example_loss(model, inputs), num_units)
     check_folds(record, inputs, num_units)
-    _prove(coverage, record, losses, Ranks(model), always=bool(hooks))
+    if num_units > 1 and losses.requires_grad:
+        strange = bool(hooks) or not is_familiar(model)
+        if not (strange or is_from_library(example_loss)):
+            strange = not outputs.prove(losses)
+        _prove(coverage, record, losses, Ranks(model), strange=strange)
     return Pass(coverage, record, losses, owners)
 
 
 def _prove(
-    coverage: Coverage, record: Recording, losses: Tensor, ranks: Ranks, *, always: bool
+    coverage: Coverage, record: Recording, losses: Tensor, ranks: Ranks, *, strange: bool
 ) -> None:
-    """Prove whose row is whose: once for a kind of graph, always where content may arrange them."""
-    if record.num_units == 1 or not losses.requires_grad:
-        return
-    graph = Graph(losses, record.num_units, coverage.twins)
-    coverage.untold = coverage.untold or not graph.known
-    always = always or graph.by_content
-    if not ranks.any(always or graph.kinds not in coverage.proved):
+    """Prove whose row is whose: once for a kind of graph, always where code or content may arrange them."""
+    always, kinds = strange, None
+    if not strange:
+        graph = Graph(losses, record.num_units, coverage.twins)
+        coverage.untold = coverage.untold or not graph.known
+        always, kinds = graph.by_content, graph.kinds
+    if not ranks.any(always or kinds not in coverage.proved):
         return
     failed: UncoveredParameterError | None = None
     try:
-        if prove(record, losses, hidden=always):
-            coverage.proved.add(graph.kinds)
+        if prove(record, losses, hidden=always) and kinds is not None:
+            coverage.proved.add(kinds)
     except UncoveredParameterError as error:
         failed = error
         if isinstance(error, UsedOutsideError):

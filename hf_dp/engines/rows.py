@@ -107,3 +107,15 @@ def _pick(name: str, value: Any, indices: list[int]) -> Any:
         return value
     whole = isinstance(value, Tensor | np.ndarray)
     return value[indices] if whole else [value[index] for index in indices]
+
+
+def tensors_in(value: object) -> Iterator[Tensor]:
+    """The tensors in nested mappings, tuples and lists."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            yield from tensors_in(inner)
+    elif isinstance(value, tuple | list):
+        for inner in value:
+            yield from tensors_in(inner)

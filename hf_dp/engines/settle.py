@@ -16,6 +16,7 @@ from hf_dp.engines.base import ExampleLoss, checked_losses, is_out_of_memory
 from hf_dp.engines.by_content import Graph, Twins
 from hf_dp.engines.coupling import check_mates
 from hf_dp.engines.coverage import Coverage, LayoutUnknownError, NotTappableError, TapPoint
+from hf_dp.engines.familiar import is_familiar
 from hf_dp.engines.precision import full_precision
 from hf_dp.engines.probe import mode_of, sizes_of
 from hf_dp.engines.rows import batch_size, select_rows
@@ -73,7 +74,7 @@ def settle(
         if units > 1 and not (deep or coverage.compared):
             check_mates(model, inputs, example_loss)
             coverage.compared = True
-        if units > 1:
+        if units > 1 and is_familiar(model):  # another one is proved every time
             learn_what_grows(model, inputs, coverage, example_loss)
     coverage.settled = True
 

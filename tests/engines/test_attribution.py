@@ -24,6 +24,8 @@ from hf_dp.engines import (
 from hf_dp.engines.by_content import Graph, Twins
 from hf_dp.layers.base import UnitAxis
 
+pytestmark = pytest.mark.usefixtures("taken_as_familiar")
+
 MARKER, C = 7, 0.1
 
 

@@ -18,6 +18,8 @@ from hf_dp.engines.by_content import Graph, Twins
 from hf_dp.engines.moving import is_moving
 from hf_dp.errors import UncoveredParameterError
 
+pytestmark = pytest.mark.usefixtures("taken_as_familiar")
+
 T, D = 6, 12
 
 

@@ -205,6 +205,28 @@ def test_examples_that_influence_one_another_without_a_gradient_are_refused(
             assert_same_sum(found, naive(model, data(), C, squares), 1e-4)
 
 
+class StartsAtZero(Net):
+    """What the examples have in common reaches the losses through a factor that is zero at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(6, 6, bias=False).double()
+        nn.init.zeros_(self.gate.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = super().forward(x) + self.gate(10 * (x - x.mean(0, keepdim=True)))
+        return found
+
+
+def test_what_waits_behind_a_zero_is_seen_in_the_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigurationError, match="batch mates"):
+        book_kept(StartsAtZero(), data())
+    monkeypatch.setattr("hf_dp.engines.coupling._gradient_gaps", lambda *_: torch.zeros(1))
+    found = book_kept(StartsAtZero(), data())  # planted: only losses are compared
+    with pytest.raises(AssertionError):
+        assert_same_sum(found, naive(StartsAtZero(), data(), C, squares), 1e-4)
+
+
 @pytest.mark.parametrize("kind", ["", "router", "noise", "half"])
 @pytest.mark.parametrize("training", [True, False])
 def test_draws_and_rounding_are_no_influence(kind: str, training: bool) -> None:

@@ -16,6 +16,8 @@ from hf_dp.engines import AutomaticEngine, BookKeepingEngine, TwoPassEngine
 from hf_dp.engines.by_content import hooks_on_gradients
 from hf_dp.engines.owners import Owners
 
+pytestmark = pytest.mark.usefixtures("taken_as_familiar")
+
 C = 0.1
 ENGINES = [BookKeepingEngine, TwoPassEngine]
 

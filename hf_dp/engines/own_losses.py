@@ -1,0 +1,102 @@
+"""Proof that a loss function from elsewhere takes each example's loss from its own row of the outputs.
+
+That is seen in the gradients of the model's outputs, at the cost of a backward pass through the loss alone.
+The model itself may then be judged by where it comes from and by its graph.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+
+from hf_dp.engines.attribution import compare
+from hf_dp.engines.coverage import TapPoint
+from hf_dp.engines.rows import tensors_in
+from hf_dp.engines.tap import Call
+from hf_dp.errors import UncoveredParameterError
+from hf_dp.layers.base import FIRST
+
+
+class Outputs:
+    """What a model gave while it was watched.
+
+    Attributes:
+        model: The model.
+        edges: Where its outputs are in the graph.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        """Nothing was given yet."""
+        self.model = model
+        self.edges: list[GradientEdge] = []
+
+    def note(self, module: nn.Module, args: object, output: object) -> None:
+        """A forward hook."""
+        self.edges += [get_gradient_edge(t) for t in tensors_in(output) if t.grad_fn is not None]
+
+    def prove(self, losses: Tensor) -> bool:
+        """Whether all that `losses`, ``(B,)``, depend on is each one's own row of the outputs."""
+        edges = self._between(losses)
+        if not edges:
+            return False
+        point = TapPoint("", self.model, None, ())
+
+        def backward(weighted: Tensor, on_call: Callable[[Call], None]) -> None:
+            grads: Sequence[Tensor | None] = torch.autograd.grad(
+                weighted.sum(), edges, retain_graph=True, allow_unused=True
+            )
+            for key, grad in enumerate(grads):
+                if grad is None:
+                    continue
+                if grad.dim() == 0 or len(grad) != len(losses):
+                    raise UncoveredParameterError("an output without an axis of examples")
+                on_call(Call(point, (), (grad,), FIRST, key))
+
+        with contextlib.suppress(UncoveredParameterError):
+            return compare(backward, losses, hidden=False)
+        return False
+
+    def _between(self, losses: Tensor) -> list[GradientEdge]:
+        """Outputs, none made from another, through which all of the graph of `losses` leads; or none."""
+        ends = {edge.node for edge in self.edges}
+        reached, beyond = _walk([losses.grad_fn], ends)
+        if beyond or (len(reached) > 1 and _walk(_before(reached), reached)[0]):
+            return []
+        return [edge for edge in self.edges if edge.node in reached]
+
+
+def _walk(start: Iterable[Node | None], ends: Set[Node]) -> tuple[set[Node], bool]:
+    """Which of `ends` the graph leads to first, and whether it has other ends: parameters, an anchor."""
+    seen: set[Node] = set()
+    reached: set[Node] = set()
+    waiting, beyond = list(start), False
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node in ends:
+            reached.add(node)
+            continue
+        beyond = beyond or not node.next_functions
+        waiting += _before([node])
+    return reached, beyond
+
+
+def _before(nodes: Iterable[Node]) -> list[Node | None]:
+    return [after for node in nodes for after, _ in node.next_functions]
+
+
+@contextlib.contextmanager
+def watched(model: nn.Module) -> Iterator[Outputs]:
+    """Note what `model` gives within the context."""
+    outputs = Outputs(model)
+    handle = model.register_forward_hook(outputs.note)
+    try:
+        yield outputs
+    finally:
+        handle.remove()
