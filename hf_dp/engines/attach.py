@@ -11,6 +11,7 @@ from torch import nn
 
 from hf_dp.engines.coverage import Coverage
 from hf_dp.engines.formula_tap import FormulaTap
+from hf_dp.engines.sharded import Ranks
 from hf_dp.engines.tap import PointTap, Recording, set_requires_grad
 from hf_dp.engines.whole_tap import WholeTap
 from hf_dp.errors import ConfigurationError
@@ -32,7 +33,8 @@ def recording(coverage: Coverage, num_units: int) -> Iterator[Recording]:
         )
     parameters = coverage.parameters
     anchor = torch.zeros((), device=next(iter(parameters.values())).device, requires_grad=True)
-    record = Recording(parameters, anchor, num_units, counts=coverage.counts)
+    ranks = Ranks(coverage.model)
+    record = Recording(parameters, anchor, num_units, counts=coverage.counts, ranks=ranks)
     with contextlib.ExitStack() as stack:
         _TAPPED.add(coverage.model)
         stack.callback(_TAPPED.discard, coverage.model)

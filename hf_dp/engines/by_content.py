@@ -3,8 +3,9 @@
 Taps know where examples are from the first ones. That stays so unless an operation between taps puts rows
 elsewhere: by a mask, by indices, sorted, cut and joined along the examples' axis at places that a loop
 found, or multiplied by a matrix of ones and zeros. Whatever moves gradients' rows stands in the graph,
-however it was called; what is computed without gradients, or inside a module that is run again for each
-example, does not matter.
+however it was called, inside modules that are run again for each example, too. What is computed without
+gradients does not matter. The walk is for code of known libraries (`familiar`): it judges node by node, and
+somebody's own code may hide a turn from it.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ class Graph:
 
     Attributes:
         num_units: B.
-        kinds: The kinds of nodes, outside modules that are run again for each example, and how axes
-            of examples were turned: what a proof for one graph says of another one depends on it.
+        kinds: The kinds of nodes, and how axes of examples were turned: what a proof for one graph says
+            of another one depends on it.
         by_content: Whether rows may have been arranged by what they hold.
         known: Whether twins were there that show which axes grow.
     """

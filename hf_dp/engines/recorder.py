@@ -21,7 +21,7 @@ from hf_dp.engines.owners import Owners
 from hf_dp.engines.precision import full_precision
 from hf_dp.engines.rows import batch_size
 from hf_dp.engines.settle import check_folds, learn_what_grows, settle
-from hf_dp.engines.sharded import Ranks, first_rows, is_sharded
+from hf_dp.engines.sharded import first_rows, is_sharded
 from hf_dp.engines.tap import Call, Recording, UsedOutsideError
 from hf_dp.engines.together import Alike, Group, Waiting
 from hf_dp.engines.whole_tap import whole_call
@@ -110,43 +110,34 @@ def _run(
     record = stack.enter_context(recording(coverage, num_units))
     with hooks_on_gradients() as hooks, watched(model) as outputs:
         losses = checked_losses(example_loss(model, inputs), num_units)
-    check_folds(record, inputs, num_units)
+    with record.noting():
+        check_folds(record, inputs, num_units)
+    record.tell()
     if num_units > 1 and losses.requires_grad:
         strange = bool(hooks) or not is_familiar(model)
         if not (strange or is_from_library(example_loss)):
             strange = not outputs.prove(losses)
-        _prove(coverage, record, losses, Ranks(model), strange=strange)
+        _prove(coverage, record, losses, strange=strange)
     return Pass(coverage, record, losses, owners)
 
 
-def _prove(
-    coverage: Coverage, record: Recording, losses: Tensor, ranks: Ranks, *, strange: bool
-) -> None:
+def _prove(coverage: Coverage, record: Recording, losses: Tensor, *, strange: bool) -> None:
     """Prove whose row is whose: once for a kind of graph, always where code or content may arrange them."""
     always, kinds = strange, None
     if not strange:
         graph = Graph(losses, record.num_units, coverage.twins)
         coverage.untold = coverage.untold or not graph.known
         always, kinds = graph.by_content, graph.kinds
-    if not ranks.any(always or kinds not in coverage.proved):
+    if not record.ranks.any(always or kinds not in coverage.proved):
         return
-    failed: UncoveredParameterError | None = None
-    try:
-        if prove(record, losses, hidden=always) and kinds is not None:
-            coverage.proved.add(kinds)
-    except UncoveredParameterError as error:
-        failed = error
-        if isinstance(error, UsedOutsideError):
+    with record.noting():
+        try:
+            if prove(record, losses, hidden=always) and kinds is not None:
+                coverage.proved.add(kinds)
+        except UsedOutsideError:
             coverage.settled = False  # the next micro-batch is looked at anew
-    if not ranks.any(failed is not None):
-        return
-    try:
-        raise failed or UncoveredParameterError(
-            "a model under FSDP: expected every rank to tell its examples apart, and another one could "
-            "not. Its sum would be missing. See that rank's message."
-        )
-    finally:
-        failed = None  # its traceback leads here, and with it the graph would stay
+            raise
+    record.tell()
 
 
 class Pass:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from hf_dp.engines.rows import batch_size, select_rows
-from hf_dp.errors import ConfigurationError, explain
+from hf_dp.errors import ConfigurationError, UncoveredParameterError, explain
 
 _WHOLE = (
     WeakTensorKeyDictionary()
@@ -70,10 +70,10 @@ def unsharded(model: nn.Module, name: str) -> Iterator[None]:
 class Ranks:
     """The ranks that run a model together; this process alone for a model in one piece."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module | None = None) -> None:
         """Note where the model's parameters are kept."""
-        self.together = is_sharded(model)
-        self._kept = _kept(model) if self.together else {}
+        self.together = model is not None and is_sharded(model)
+        self._kept = {} if model is None or not self.together else _kept(model)
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` holds on one of them."""
@@ -82,6 +82,22 @@ class Ranks:
     def agree(self, value: object) -> bool:
         """Whether all of them have the same `value`."""
         return not self.together or all(other == value for other in _from_all(value))
+
+    def raise_any(self, failed: UncoveredParameterError | None) -> None:
+        """Raise what went wrong here, or, where it went wrong on another rank alone, say so.
+
+        Raises:
+            UncoveredParameterError: Some rank cannot tell its examples apart.
+        """
+        if not self.any(failed is not None):
+            return
+        try:
+            raise failed or UncoveredParameterError(
+                "a model under FSDP: expected every rank to tell its examples apart, and another one "
+                "could not. Its sum would be missing. See that rank's message."
+            )
+        finally:
+            failed = None  # its traceback leads here, and with it the graph would stay
 
     def check_equal(self, num_units: int) -> None:
         """Refuse micro-batches of different sizes, on every rank alike.

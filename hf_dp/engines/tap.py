@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_dp.engines.coverage import Coverage, Layout, LayoutUnknownError, TapPoint
+from hf_dp.engines.sharded import Ranks
 from hf_dp.errors import UncoveredParameterError
 from hf_dp.layers.base import UnitAxis
 
@@ -73,6 +74,9 @@ class Recording:
         recomputed: Whether a backward pass ran tapped modules again, as checkpoints do.
         held: Parameters that record no gradient during a backward pass either: a checkpoint runs their
             module's forward again without its hooks, and must find what the forward pass found.
+        ranks: Those that run the model along: what one of them cannot do is told to all after a pass,
+            which the others would wait for.
+        failed: What that is on this rank.
     """
 
     parameters: Mapping[str, nn.Parameter]
@@ -88,6 +92,27 @@ class Recording:
     counts: bool = False
     recomputed: bool = False
     held: list[nn.Parameter] = field(default_factory=list)
+    ranks: Ranks = field(default_factory=Ranks)
+    failed: UncoveredParameterError | None = None
+
+    @contextlib.contextmanager
+    def noting(self) -> Iterator[None]:
+        """Keep a refusal until `tell`, where other ranks run the model along."""
+        try:
+            yield
+        except UncoveredParameterError as error:
+            if not self.ranks.together:
+                raise
+            self.failed = self.failed or error
+
+    def tell(self) -> None:
+        """Raise on every rank what was noted on one.
+
+        Raises:
+            UncoveredParameterError: Some rank cannot tell its examples apart.
+        """
+        failed, self.failed = self.failed, None
+        self.ranks.raise_any(failed)
 
     def backward(
         self, losses: Tensor, on_call: Callable[[Call], None], *, again: bool = False
@@ -112,8 +137,10 @@ class Recording:
         used = [
             name for name, grad in zip(self.parameters, grads[1:], strict=True) if grad is not None
         ]
-        if used:
-            raise UsedOutsideError(used)
+        with self.noting():
+            if used:
+                raise UsedOutsideError(used)
+        self.tell()
 
     @contextlib.contextmanager
     def quiet(self) -> Iterator[None]:
@@ -163,7 +190,8 @@ class _Tap(torch.autograd.Function):
         recording, point, context, _ = ctx.noted
         inputs = tuple([saved.detach() for saved in ctx.saved_tensors])
         if any(grad is not None for grad in grads):
-            recording.on_call(Call(point, inputs, grads, context, id(ctx)))
+            with recording.noting():
+                recording.on_call(Call(point, inputs, grads, context, id(ctx)))
         # the anchor's own gradient is of no use: zeros would be added up, two kernels for each call
         return None, None, *grads, *(None,) * ctx.num_inputs
 
@@ -201,7 +229,11 @@ class PointTap(ABC):
         if self.record.silent:
             return output
         self.set_requires_grad(True)
-        return self.tapped(args, kwargs, output) if torch.is_grad_enabled() else output
+        found = output
+        if torch.is_grad_enabled():
+            with self.record.noting():
+                found = self.tapped(args, kwargs, output)
+        return found
 
     @abstractmethod
     def tapped(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:

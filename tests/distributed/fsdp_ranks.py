@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -26,7 +26,8 @@ from transformers import (
 
 import hf_dp
 from hf_dp.engines import engine_named
-from hf_dp.errors import HfDpError
+from hf_dp.errors import HfDpError, UncoveredParameterError
+from hf_dp.layers import DEFAULT_LAYER_RULES
 
 CLIPPING_NORM, BATCH, STEPS = 0.5, 6, 3
 IDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
@@ -86,7 +87,20 @@ def outside() -> tuple[nn.Module, Any, list[nn.Module]]:
     return model, loss, blocks
 
 
-CASES = {case.__name__: case for case in (gpt2, checkpointed, bert, llama_lora, outside)}
+def one_cannot() -> tuple[nn.Module, Any, list[nn.Module]]:
+    """A layer rule that gives up on what the second rank gets, in the middle of the backward pass."""
+    return gpt2()
+
+
+CASES = {
+    case.__name__: case for case in (gpt2, checkpointed, bert, llama_lora, outside, one_cannot)
+}
+
+
+def gives_up(module: Any, inputs: Tensor, output_grads: Tensor, num_units: int) -> Iterator[Any]:
+    if dist.get_rank() == 1:
+        raise UncoveredParameterError("cannot")
+    yield from DEFAULT_LAYER_RULES[nn.LayerNorm](module, inputs, output_grads, num_units)
 
 
 def gap(expected: Mapping[str, Tensor], found: Mapping[str, Any]) -> float:
@@ -134,6 +148,12 @@ def main(rank: int, world: int, case: str) -> dict[str, object]:
         model.zero_grad()
         return dict(summed.grads)
 
+    if case == "one_cannot":
+        for block in blocks:
+            fully_shard(block)
+        fully_shard(model)
+        rules = {**DEFAULT_LAYER_RULES, nn.LayerNorm: gives_up}
+        return {"refused": refusal(model, mine[0], "two_pass", loss, layer_rules=rules)}
     expected = [] if case == "outside" else [step("sequential", batch) for batch in whole]
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -64,3 +64,8 @@ def test_what_ranks_cannot_do_together_is_refused_by_all() -> None:
 
 def test_a_use_outside_the_modules_is_refused() -> None:
     assert "is used outside its module" in str(run("outside")["failed"])
+
+
+def test_what_one_rank_alone_cannot_do_ends_all_of_them() -> None:
+    """The others would wait for it in the next layer's collective."""
+    assert "another one could not" in str(run("one_cannot")["refused"])
