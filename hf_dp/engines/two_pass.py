@@ -77,7 +77,7 @@ class TwoPassEngine(VectorisedEngine):
             with full_precision(passed.losses.device):
                 total = norms.total()
                 dropped = ~torch.isfinite(total)
-                weights = policy.weights(norms.squared)
+                weights = policy.weights(norms.of_all())
                 shares = Shares(dropped, apart)
             at_once = ranks.agree(tuple(norms.squared))  # on the order in which sums come
 
@@ -109,7 +109,8 @@ class _Norms:
         self._vectors: dict[int, Tensor] = {}
         self.bad = ~torch.isfinite(passed.losses)
         zeros = torch.zeros_like(wide(passed.losses))
-        self.squared: dict[str, Tensor] = {"": zeros.masked_fill(self.bad, torch.inf)}
+        self.squared: dict[str, Tensor] = {}
+        self._nothing = {"": zeros.masked_fill(self.bad, torch.inf)}
         self.uncancelled = zeros
         self.apart = zeros.new_zeros(0, 1, dtype=torch.long)
 
@@ -167,5 +168,9 @@ class _Norms:
             self._vectors[width] = torch.randn(width, generator=generator)
         return self._vectors[width].to(side)
 
+    def of_all(self) -> Mapping[str, Tensor]:
+        """For each parameter that took part; of no parameter where none did."""
+        return self.squared or self._nothing
+
     def total(self) -> Tensor:
-        return torch.stack(list(self.squared.values())).sum(0)
+        return torch.stack(list(self.of_all().values())).sum(0)
