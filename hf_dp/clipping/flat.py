@@ -58,13 +58,12 @@ class FlatClipping(ClippingPolicy):
     def weights(self, power_sums: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         sums = torch.stack(list(power_sums.values()))  # (P, B)
         numbers = torch.finfo(sums.dtype)
-        coarsest = max(torch.finfo(each.dtype).eps for each in power_sums.values())
         if self.norm == "l1":
             total = norms = sums.sum(0, dtype=torch.float64)  # (B,)
         else:
             total = sums.sum(0)
             norms = total.clamp_min(0).sqrt()
-        bound = self.clipping_norm * (1 - 8 * coarsest)
+        bound = self.clipping_norm * (1 - 8 * numbers.eps)
         factors = (bound / norms.clamp_min(numbers.tiny)).clamp_max(1.0).to(sums.dtype)
         exact = torch.isfinite(total) & (factors >= numbers.tiny)
         return dict.fromkeys(power_sums, torch.where(exact, factors, torch.zeros_like(factors)))
