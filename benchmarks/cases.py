@@ -15,6 +15,9 @@ import transformers as tf
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
+from hf_dp.training.tasks import Task
+from hf_dp.training.vectorised import VectorisedLoss, vectorised_loss
+
 VOCABULARY = 8192
 LAYERS = 2
 _LORA_TARGETS = {
@@ -80,6 +83,12 @@ class Case:
         # positions row by row, since peers cannot attribute one row to all examples
         where = torch.arange(self.positions).expand(self.examples, -1).contiguous()
         return {"input_ids": ids, "position_ids": where, "labels": labels}
+
+
+def library_losses(inputs: Mapping[str, Any]) -> VectorisedLoss:
+    """`example_losses` as `DPTrainer` computes them; a loss from elsewhere is proved on every batch."""
+    classifies = inputs["labels"].dim() == 1
+    return vectorised_loss(Task.SEQUENCE_CLASSIFICATION if classifies else Task.CAUSAL_LM)
 
 
 def example_losses(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:

@@ -23,7 +23,7 @@ import torch._inductor
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from benchmarks.cases import Case, example_losses
+from benchmarks.cases import Case, example_losses, library_losses
 from benchmarks.step_time import RESULTS, Row, interleaved, machine
 from benchmarks.variants import CLIPPING_NORM, Grads, Variant, distance
 from hf_dp.clipping import FlatClipping
@@ -48,6 +48,7 @@ class Steps:
         """Make the model, and let the engine look it over."""
         self.model = case.model()
         self.inputs = case.batch()
+        self.losses = library_losses(self.inputs)
         self.parameters = dict(self.model.named_parameters())
         self.engine = BookKeepingEngine()
         self.clipping = FlatClipping(CLIPPING_NORM)
@@ -61,7 +62,7 @@ class Steps:
     def eager(self) -> Grads:
         """The engine as it is offered."""
         summed = self.engine.clipped_sum(
-            self.model, self.inputs, example_loss=example_losses, clipping=self.clipping
+            self.model, self.inputs, example_loss=self.losses, clipping=self.clipping
         )
         return dict(summed.grads)
 
@@ -70,7 +71,7 @@ class Steps:
         books = Books()
         with (
             patch.object(Mat, "trimmed", lambda self: False),
-            self.engine.recorder.forward(self.model, inputs, example_losses) as passed,
+            self.engine.recorder.forward(self.model, inputs, self.losses) as passed,
         ):
             passed.backward(books.add, on_group=books.add_group)
             with full_precision(passed.losses.device):

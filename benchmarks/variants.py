@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.cases import Case, example_losses
+from benchmarks.cases import Case, example_losses, library_losses
 from hf_dp.clipping import FlatClipping
 from hf_dp.engines import GradientEngine, engine_named
 from hf_dp.engines.owners import Owners
@@ -65,12 +65,13 @@ def ours(
     """One of this library's engines, flat clipping; of each owner's mean gradient where there are any."""
     runner = engine_named(engine) if isinstance(engine, str) else engine
     model, inputs = case.model(), case.batch()
+    losses = library_losses(inputs)
 
     def grads() -> Grads:
         summed = runner.clipped_sum(
             model,
             inputs,
-            example_loss=example_losses,
+            example_loss=losses,
             clipping=FlatClipping(CLIPPING_NORM),
             owners=owners,
         )
