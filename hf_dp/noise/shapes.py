@@ -26,14 +26,15 @@ LEAST, MOST = math.log(1e-3), math.log(1e3)
 _SHAPES = (math.log(0.2), math.log(1e4))
 
 STARTS: tuple[tuple[float, float, float, float], ...] = (
+    (1000.0, 0.02, 0.001, 0.01),
     (20.0, 0.1, 0.01, 0.1),
     (200.0, 10.0, 0.01, 0.01),
     (8.0, 10.0, 0.1, 0.1),
     (2.0, 1.0, 1.0, 1.0),
     (1.0, 0.01, 0.01, 1.0),
 )
-"""Where a search begins, each as shape and shares: nearly plain Laplace, a narrow Gamma, a wide one, all
-parts alike, and a constant with a uniform part."""
+"""Where a search begins, each as shape and shares: plain Laplace but for a hundredth, and for a tenth, a
+narrow Gamma, a wide one, all parts alike, and a constant with a uniform part."""
 
 
 def law_at(point: Point) -> ScaleLaw:
