@@ -138,7 +138,7 @@ class Known:
     ("epsilon", "probability", "steps", "ratio"),
     [(3.0, 0.01, 100, 0.998), (6.0, 1.0, 1, 0.965)],
 )
-def test_in_one_dimension_mixtures_are_hardly_better_than_plain_laplace(
+def test_for_one_number_mixtures_are_little_better_than_plain_laplace_up_to_epsilon_six(
     epsilon: float, probability: float, steps: int, ratio: float
 ) -> None:
     found = searched(epsilon, 1e-5, probability, steps, dimension=1, budget=60)
@@ -156,6 +156,22 @@ def test_the_mean_absolute_value_gains_most_where_epsilon_is_large() -> None:
     assert plain is not None
     assert found.winner.family == "lmo"
     assert found.winner.figures.mean_absolute < 0.84 * plain.figures.mean_absolute
+
+
+def test_where_epsilon_is_large_a_mixture_has_far_less_noise_than_laplace() -> None:
+    law = ScaleLaw(2.202, 17.4, 0.0908, 0.889, 1.066)  # found for epsilon 10 and delta 1e-5
+    epsilon = PLDAccountant().guarantee(event_of(law), delta=1e-5).epsilon
+    assert epsilon == pytest.approx(10, rel=2e-3)
+    assert law.deviation < 0.62 * math.sqrt(2) / 10
+    # Of one number with noise of density f: the integral of (f(x) - e^epsilon f(x - 1))+.
+    x = np.linspace(-2, 3, 2_000_001)
+    excess = law.density(x) - math.exp(epsilon) * law.density(x - 1)
+    delta = float(np.sum(np.maximum(excess, 0)) * (x[1] - x[0]))
+    assert delta == pytest.approx(1e-5, rel=0.02)
+
+
+def event_of(law: ScaleLaw) -> PrivacyEvent:
+    return ScaleMixtureNoise(law, dimension=1).event()
 
 
 def test_families_can_be_chosen() -> None:
