@@ -81,7 +81,7 @@ def deviations(
     """The standard deviation of every family at every point, and the Gaussian's over the others'."""
     for delta, schedule, epsilon, space in itertools.product(deltas, schedules, epsilons, spaces):
         found = answer(epsilon, delta, schedule, space)
-        sizes = {one.family: one.figures.deviation for one in found.candidates}
+        sizes: Row = {one.family: one.figures.deviation for one in found.candidates}
         yield {
             "delta": delta,
             "sampling_probability": schedule[0],

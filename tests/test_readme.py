@@ -74,7 +74,7 @@ def test_the_commands_run(tmp_path: Path) -> None:
     from hf_dp.cli.main import app
 
     commands = [line for line in blocks("console")[0].splitlines() if line.startswith("$ hf-dp")]
-    assert len(commands) == 10
+    assert len(commands) == 12
     for line in commands:
         words = shlex.split(line, comments=True)[2:]
         if words[0] in ("epsilon", "noise"):
