@@ -58,7 +58,7 @@ def search_noise(
             help="How 'lmo' draws its scale: 'iid', for every number, or 'shared', once a release."
         ),
     ] = "iid",
-    shapes: Annotated[int, typer.Option(help="Mixtures to try, > 0.")] = 60,
+    shapes: Annotated[int, typer.Option(help="Mixtures to try, > 0; 60 take up to a minute.")] = 60,
     cache: Annotated[
         bool, typer.Option(help="Keep the shape that was found, and look for it first.")
     ] = True,

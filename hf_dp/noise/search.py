@@ -41,7 +41,7 @@ Progress = Callable[[int, int], None]
 """``progress(done, planned)`` after every shape; a search that ends early jumps to planned."""
 
 BUDGET = 60
-"""Shapes of the mixture that are tried: 2 to 30 s on one core."""
+"""Shapes of the mixture that are tried: 2 to 60 s on one core."""
 
 _MARGIN = math.log(1.01)  # the least gain for which a family further down is chosen
 _SCREEN = math.log(1.5)
