@@ -21,6 +21,15 @@ def imports_are_not_garbage() -> Iterator[None]:
     gc.unfreeze()
 
 
+@pytest.fixture(autouse=True)
+def no_search_of_an_earlier_run(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Searches for noise look for earlier ones in a folder of the tests, not in the user's."""
+    folder = tmp_path_factory.getbasetemp() / "cache"
+    monkeypatch.setenv("HF_DP_CACHE", str(folder))
+
+
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> Recorded:
     """What each step of a run that protects users is made of."""
