@@ -64,7 +64,12 @@ def test_a_coupled_layer_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         trainer_for(tmp_path, model=model).train()
 
 
-def test_switched_off_it_sees_nothing_and_the_report_says_so(tmp_path: Path) -> None:
+def test_switched_off_it_sees_nothing_and_the_report_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigurationError, match="batch mates"):  # the engine sees it, too
+        trainer_for(tmp_path / "a", example_loss=mean_of, dp={"preflight": False}).train()
+    monkeypatch.setattr("hf_dp.engines.settle.check_mates", lambda *_: None)
     trainer = trainer_for(tmp_path, example_loss=mean_of, dp={"preflight": False})
     trainer.train()
     assert OFF in str(trainer.privacy_report())
