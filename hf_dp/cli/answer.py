@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from hf_dp.accounting.shown import rounded_down, rounded_up
+from hf_dp.cli.paper import paper
 from hf_dp.cli.run import PoissonRun
 from hf_dp.cli.sampled import SampledRun
 from hf_dp.cli.users import UserRun
@@ -82,7 +83,6 @@ def show_json(facts: Mapping[str, Any]) -> None:
 
 
 def _show_table(facts: Mapping[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, show_header=False, pad_edge=False)
@@ -108,7 +108,7 @@ def _show_table(facts: Mapping[str, Any]) -> None:
     ):
         if name in facts:
             table.add_row(name.replace("_", " "), str(facts[name]))
-    console = Console(highlight=False)
+    console = paper()
     console.print(table)
     console.print(_sentence(facts), soft_wrap=True)
     if facts["delta"] > _LARGE_DELTA:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hf_dp.cli.options import AsJson, Delta, NoiseMultiplier, NumSteps, SamplingProbability
+from hf_dp.cli.paper import paper
 from hf_dp.errors import ConfigurationError, explain
 
 if TYPE_CHECKING:
@@ -98,7 +99,6 @@ def _lines(
 
 
 def _show(steps: list[int], lines: list[Line]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from hf_dp.accounting.shown import rounded_down, rounded_up
@@ -118,7 +118,7 @@ def _show(steps: list[int], lines: list[Line]) -> None:
             else:
                 cells.append(f"≈{value:.4g}" if line.kind == "estimate" else rounded_down(value))
         table.add_row(str(count), *cells)
-    console = Console(highlight=False)
+    console = paper()
     console.print(table)
     console.print(
         "Upper bounds are proven; lower bounds too: no smaller epsilon holds. Estimates (≈) bound nothing.",

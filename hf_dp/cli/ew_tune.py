@@ -6,6 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from hf_dp.cli.options import AsJson
+from hf_dp.cli.paper import paper
 
 if TYPE_CHECKING:
     from hf_dp.cli.published_noise import Recomputed
@@ -25,7 +26,6 @@ def ew_tune(*, as_json: AsJson = False) -> None:
 
 
 def _show(rows: list[Recomputed]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from hf_dp.accounting.shown import rounded_up
@@ -60,7 +60,7 @@ def _show(rows: list[Recomputed]) -> None:
         )
     worst = max(rows, key=lambda row: row.certified)
     best = max(rows, key=lambda row: row.claimed_saving)
-    console = Console(highlight=False)
+    console = paper()
     console.print(table)
     console.print(
         "Epsilon: claimed by the first-order Edgeworth estimate, and certified (a proven upper bound) at the "

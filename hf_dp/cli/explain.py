@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hf_dp.cli.options import AsJson
+from hf_dp.cli.paper import paper
 
 if TYPE_CHECKING:
     from hf_dp.engines.explain import EngineReport
@@ -44,7 +45,6 @@ def explain(
 
 
 def _show(report: EngineReport) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     head, *rows = report.cells()
@@ -52,7 +52,7 @@ def _show(report: EngineReport) -> None:
     table = Table(
         title=f"engine {report.engine}{at}", title_justify="left", box=None, pad_edge=False
     )
-    console = Console(highlight=False)
+    console = paper()
     shown = [i for i, name in enumerate(head) if name != "module" or console.width >= _WIDE]
     for name in (head[i] for i in shown):
         named = name == "parameters"  # the only column that may be broken

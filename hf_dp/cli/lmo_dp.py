@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hf_dp.cli.options import AsJson
+from hf_dp.cli.paper import paper
 
 if TYPE_CHECKING:
     from hf_dp.accounting.as_published.report import Holds, Size, Step, Total
@@ -60,11 +61,10 @@ def _tracked(rows: Iterable[Step | Total]) -> Iterable[Step | Total]:
 
 
 def _show(task: str, steps: Sequence[Step], totals: Sequence[Total]) -> None:
-    from rich.console import Console
 
     from hf_dp.accounting.as_published.report import WORDING
 
-    console = Console(highlight=False)
+    console = paper()
     console.print(_steps_table(steps))
     console.print()
     console.print(_totals_table(task, totals))

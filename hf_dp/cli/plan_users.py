@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hf_dp.cli.options import AsJson, NumSteps, TargetEpsilon
+from hf_dp.cli.paper import paper
 from hf_dp.errors import ConfigurationError, explain
 
 if TYPE_CHECKING:
@@ -97,7 +98,6 @@ def _read(path: Path) -> list[int]:
 
 
 def _show(plan: UserPlan) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
@@ -120,7 +120,7 @@ def _show(plan: UserPlan) -> None:
             users,
             *answer,
         )
-    console = Console(highlight=False, width=160)
+    console = paper()
     console.print(table)
     guaranteed = f"epsilon {plan.target_epsilon:g} at delta {plan.target_delta:.3g}"
     console.print(

@@ -18,6 +18,7 @@ from hf_dp.cli.options import (
     SamplingProbability,
     TargetEpsilon,
 )
+from hf_dp.cli.paper import paper
 
 if TYPE_CHECKING:
     from hf_dp.noise.candidates import Candidate
@@ -140,7 +141,6 @@ def _candidate(one: Candidate) -> dict[str, Any]:
 
 
 def _show(found: NoiseSearch) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from hf_dp.accounting.shown import rounded_up
@@ -167,7 +167,7 @@ def _show(found: NoiseSearch) -> None:
         if figures.usefulness is not None:
             cells.insert(4, f"{figures.usefulness:.4g}")
         table.add_row("->" if one is found.winner else "", NAMES[one.family], *cells)
-    console = Console(highlight=False)
+    console = paper()
     console.print(table)
     for sentence in found.why():
         console.print(sentence, soft_wrap=True)

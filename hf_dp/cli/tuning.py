@@ -7,6 +7,7 @@ from typing import Annotated, cast
 import typer
 
 from hf_dp.cli.options import AsJson, Delta, NoiseMultiplier, NumSteps, SamplingProbability
+from hf_dp.cli.paper import paper
 
 
 def tuning(
@@ -56,7 +57,6 @@ def tuning(
 
 
 def _show(facts: dict[str, object]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from hf_dp.accounting.shown import rounded_up
@@ -71,7 +71,7 @@ def _show(facts: dict[str, object]) -> None:
     }
     for words, name in rows.items():
         table.add_row(words, rounded_up(float(str(facts[name])), digits=5))
-    console = Console(highlight=False)
+    console = paper()
     console.print(table)
     console.print(
         "Proven upper bounds by accountant 'rdp'. The number of runs must be drawn before the first one and "
