@@ -12,7 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 SETUP := setup.cfg pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check clean
+.PHONY: help demo test check notebooks clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -46,6 +46,9 @@ test: lint  ## everything that needs no accelerator
 
 check: lint  ## the quick part of it, before each commit
 	$(PYTEST) -m "not slow and not gpu"
+
+notebooks: $(VENV)/test.stamp  ## run the notebooks and keep their figures
+	$(BIN)/python notebooks/execute.py
 
 clean:  ## remove what the targets made
 	rm -rf $(VENV) .ci-venv build *.egg-info .mypy_cache .pytest_cache .ruff_cache

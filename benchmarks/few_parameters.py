@@ -308,6 +308,17 @@ def release_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def one_row_a_line(report: Mapping[str, Any]) -> str:
+    """JSON that is short, and in which a changed run shows as a changed line."""
+    parts = []
+    for name, value in report.items():
+        text = json.dumps(value, allow_nan=False)
+        if isinstance(value, list):
+            text = "[\n" + ",\n".join(json.dumps(row, allow_nan=False) for row in value) + "\n]"
+        parts.append(f"{json.dumps(name)}: {text}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
 def main() -> None:
     """Release, train, print, keep."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -335,7 +346,7 @@ def main() -> None:
             "releases": once,
             "rows": rows,
         }
-        RESULTS.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        RESULTS.write_text(one_row_a_line(report), encoding="utf-8")
 
 
 if __name__ == "__main__":
