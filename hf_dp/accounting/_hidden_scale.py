@@ -20,6 +20,7 @@ _NEAREST = 1e-6  # first node, over the scale on which the density falls at 0
 _UNLIKELY = 1e-30
 _FLATTEST = 1e-7  # losses that fall below this part of the highest are not followed outwards
 _ROUNDING = 1e-13
+_OF_LOGS = 1e-15
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class HiddenScale:
     @functools.cached_property
     def highest(self) -> float:
         """The highest loss: never passed."""
-        return float(self.law.pure_epsilon(1.0)) * (1 + 1e-14)
+        return highest_loss(self.law, 1.0)
 
     def profile(self, levels: Floats) -> Floats:
         """delta(level), or slightly more, for levels >= 0, ``(n,)``."""
@@ -154,3 +155,14 @@ class _LossTable:
             -distances
         )
         return slopes
+
+
+def highest_loss(law: ScaleLaw, shift: float) -> float:
+    """The highest loss of one coordinate that moves by `shift`, or hardly more: a bound.
+
+    A difference of logs loses digits where the shift is small next to the noise. There the loss's steepest
+    rise, at 0, times the shift says as much: the highest loss is concave in the shift.
+    """
+    rounding = _OF_LOGS * (1 + abs(math.log(law.mean)))
+    steepest = shift * float(law.moment_second_derivative(0.0) / law.mean)
+    return min(float(law.pure_epsilon(shift)) * (1 + 1e-14) + rounding, steepest * (1 + 1e-12))

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
-from hf_dp.accounting._hidden_scale import HiddenScale
+from hf_dp.accounting._hidden_scale import HiddenScale, highest_loss
 from hf_dp.accounting._leaves import drawn, is_laplace, simplified
 from hf_dp.accounting._losses import Direction, DiscreteLoss, Floats, amplified, discretise
 from hf_dp.accounting._released_scale import ReleasedScale
@@ -200,5 +200,5 @@ def _pure_epsilon(inner: PrivacyEvent) -> float:
     if noise.draw == "shared":
         return shift * law.uniform_high if math.isinf(law.domain_end) else math.inf
     if dimension is not None and dimension <= _MANY:
-        return dimension * float(law.pure_epsilon(shift / dimension))
-    return shift * float(law.moment_second_derivative(0.0) / law.mean)
+        return dimension * highest_loss(law, shift / dimension)
+    return shift * float(law.moment_second_derivative(0.0) / law.mean) * (1 + 1e-12)

@@ -11,6 +11,7 @@ import math
 
 import numpy as np
 
+from hf_dp.accounting._hidden_scale import highest_loss
 from hf_dp.accounting._laplace import inverse_scale, l1_shift, pure_epsilon
 from hf_dp.accounting._leaves import simplified
 from hf_dp.accounting._losses import Floats
@@ -235,7 +236,7 @@ def with_bounded_losses(noise: ScaleMixtureLaplace, orders: Floats) -> Floats:
     if noise.norm == "l2" and noise.dimension != 1:
         squares = steepest**2
     else:
-        squares = float(law.pure_epsilon(1.0)) * pure_epsilon(noise)
+        squares = highest_loss(law, 1.0) * pure_epsilon(noise)
     return orders * (orders - 1) / 2 * squares * (1 + _SLACK)
 
 

@@ -11,6 +11,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,11 +28,12 @@ from hf_dp.layers.randomness import Randomness, kept_randomness
 
 Batch = Mapping[str, Any]
 
-_TRIED, _PAIR = 4, 2
+_TRIED, _MORE, _PAIR = 4, 16, 2
 # Of losses, relative: what rounding does not explain in several examples.
 _GAPS = {"float32": 1e-4, "accelerator": 2e-3, "half": 5e-2}
 _GRADIENT_GAPS = {"float32": 1e-2, "accelerator": 5e-2, "half": 0.5}
 _LITTLE_LOSS = 0.1
+_LITTLE_GRADIENT = 1e-5  # of the loss: a gradient that is shorter is all rounding
 _TINY = torch.finfo(torch.float32).tiny
 
 _WHY = "Otherwise one example changes the gradients of others, and what it moves in the sum is not bounded."
@@ -96,45 +98,50 @@ def check_mates(model: nn.Module, inputs: Batch, example_loss: ExampleLoss) -> N
     for training in (False, True) if model.training else (False,):
         with kept_randomness(device), mode_of(model, training=training), without_dropout():
             before = Randomness.now(device)
-            gaps, half = _gaps(model, inputs, example_loss)
+            with _noting_half(model) as halves, torch.no_grad():
+                example_loss(model, inputs)
             if not Randomness.now(device).same(before):
                 continue  # other draws for an example alone than among others
-            rounding = "half" if half else "float32" if device.type == "cpu" else "accelerator"
-            wrong = _shows(gaps, _GAPS[rounding])
+            rounding = "half" if halves else "float32" if device.type == "cpu" else "accelerator"
+            gaps, wrong = _seen(partial(_gaps, model, inputs, example_loss), _GAPS[rounding])
             if not (wrong or is_sharded(model)):
-                gaps = _gradient_gaps(model, inputs, example_loss)
-                wrong = _shows(gaps, _GRADIENT_GAPS[rounding])
+                measure = partial(_gradient_gaps, model, inputs, example_loss)
+                gaps, wrong = _seen(measure, _GRADIENT_GAPS[rounding])
             if Ranks(model).any(wrong):
                 index = int(gaps.argmax())
                 raise _mates_refusal(model, inputs, index, example_loss, _GAPS[rounding])
 
 
-def _shows(gaps: Tensor, little: float) -> bool:
-    return int((gaps > little).sum()) > (len(gaps) > _PAIR)
+def _seen(measure: Callable[[int], Tensor], little: float) -> tuple[Tensor, bool]:
+    """The gaps of some examples, and whether they show; where one alone does, of more examples."""
+    gaps = measure(_TRIED)
+    if len(gaps) > _PAIR and int((gaps > little).sum()) == 1:
+        gaps = measure(_MORE)
+    return gaps, int((gaps > little).sum()) > (len(gaps) > _PAIR)
 
 
-def _gradient_gaps(model: nn.Module, inputs: Batch, example_loss: ExampleLoss) -> Tensor:
+def _gradient_gaps(model: nn.Module, inputs: Batch, example_loss: ExampleLoss, most: int) -> Tensor:
     """How far gradients among a few others are from gradients alone, relative to their length."""
-    size = min(batch_size(inputs), _TRIED)
+    size = min(batch_size(inputs), most)
     few = select_rows(inputs, range(size))
     parameters = list(trainable_parameters(model).values())
     together = checked_losses(example_loss(model, few), size)
     gaps = torch.zeros(size, dtype=torch.float64)
     for index in range(size):
         alone = checked_losses(example_loss(model, row(inputs, index)), 1)
-        if float(alone.detach().abs()) > _LITTLE_LOSS:
+        loss = float(alone.detach().abs())
+        if loss > _LITTLE_LOSS:
             gap, length = _gap(together[index], alone, parameters)
-            gaps[index] = (gap / max(length, _TINY)) ** 0.5
+            gaps[index] = (gap / max(length, (_LITTLE_GRADIENT * loss) ** 2)) ** 0.5
     return gaps.nan_to_num(0, 0, 0)
 
 
 @torch.no_grad()
-def _gaps(model: nn.Module, inputs: Batch, example_loss: ExampleLoss) -> tuple[Tensor, bool]:
-    """How far losses among others are from losses alone, relative; and if half precision is used."""
+def _gaps(model: nn.Module, inputs: Batch, example_loss: ExampleLoss, most: int) -> Tensor:
+    """How far losses among others are from losses alone, relative."""
     size = batch_size(inputs)
-    with _noting_half(model) as halves:
-        together = checked_losses(example_loss(model, inputs), size)
-    few = range(min(size, _TRIED))
+    together = checked_losses(example_loss(model, inputs), size)
+    few = range(min(size, most))
     alone = [checked_losses(example_loss(model, row(inputs, index)), 1) for index in few]
     again = checked_losses(
         example_loss(model, inputs), size
@@ -144,7 +151,7 @@ def _gaps(model: nn.Module, inputs: Batch, example_loss: ExampleLoss) -> tuple[T
     )
     scale = found.abs() + wide(together).double().abs().nan_to_num(0, 0, 0).mean() + _LITTLE_LOSS
     gaps = ((among - found).abs() - (among - repeated).abs()) / scale
-    return gaps.nan_to_num(0, 0, 0), bool(halves)
+    return gaps.nan_to_num(0, 0, 0)
 
 
 @contextlib.contextmanager

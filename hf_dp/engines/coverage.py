@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from hf_dp.engines.base import trainable_parameters
 from hf_dp.engines.by_content import Kinds, Twins
+from hf_dp.engines.familiar import is_familiar
 from hf_dp.engines.sharded import unsharded, whole_parameter
 from hf_dp.errors import UncoveredParameterError
 from hf_dp.layers.base import LayerRule, LayerRules, UnitAxis
@@ -132,7 +133,10 @@ class Coverage:
         untold: Whether a graph came up that none of them is like.
         looks: How often such a pair was sought.
         owners: The modules that own parameters, and what they do when they are called.
-        compared: Whether examples among others were compared with the same alone.
+        familiar: Whether all of the model's code is that of known libraries.
+        compared: The losses, by their code and the model's mode, with which examples among others were
+            compared with the same alone.
+        refused: Those with which they differed, and what was said then.
         tried: The modules whose rules rest on what they were set to, and what that was.
     """
 
@@ -146,7 +150,9 @@ class Coverage:
     twins: list[Twins] = field(default_factory=list)
     untold: bool = False
     looks: int = 0
-    compared: bool = False
+    familiar: bool = False
+    compared: set[Hashable] = field(default_factory=set)
+    refused: dict[Hashable, str] = field(default_factory=dict)
     owners: list[tuple[Any, ...]] = field(init=False)
     tried: list[tuple[nn.Module, State]] = field(init=False)
 
@@ -311,7 +317,7 @@ def coverage_of(model: nn.Module, layer_rules: LayerRules) -> Coverage:
     """
     parameters = trainable_parameters(model)
     points = list(_tap_points(model, layer_rules))
-    return Coverage(model, parameters=parameters, points=points)
+    return Coverage(model, parameters=parameters, points=points, familiar=is_familiar(model))
 
 
 def takes_folded(point: TapPoint) -> bool:

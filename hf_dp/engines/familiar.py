@@ -8,93 +8,155 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterator
+import sysconfig
+from collections.abc import Iterator, Mapping
+from types import FunctionType
 from typing import Any
 
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-_LIBRARIES = frozenset({"torch", "transformers", "peft", "accelerate", "hf_dp", "builtins"})
-
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
-_EVERYWHERE = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks",
-               "_global_backward_pre_hooks")  # fmt: skip
-
-# By name, what transformers computes attention with; others come from its users.
-_ATTENTION = frozenset(
+_LIBRARIES = frozenset(
     {
-        "eager",
-        "sdpa",
-        "flash_attention_2",
-        "flash_attention_3",
-        "flash_attention_4",
-        "flex_attention",
+        "torch",
+        "transformers",
+        "peft",
+        "accelerate",
+        "hf_dp",
+        "numpy",
+        "huggingface_hub",
+        "safetensors",
     }
 )
 
-_CALLABLE: dict[type[Any], bool] = {}  # kind of value -> whether it is a function, or can be called
+# Classes of torch whose forward pass is somebody else's code.
+_MADE_OF_CODE = frozenset({"GraphModule", "ScriptModule"})
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_EVERYWHERE = tuple(f"_global{name}" for name in _HOOKS)
+
+# Where transformers keeps functions that its users may add to, or replace by their own.
+_REGISTRIES = (
+    ("transformers.modeling_utils", "ALL_ATTENTION_FUNCTIONS"),
+    ("transformers.masking_utils", "ALL_MASK_ATTENTION_FUNCTIONS"),
+    ("transformers.integrations.moe", "ALL_EXPERTS_FUNCTIONS"),
+    ("transformers.activations", "ACT2FN"),
+)
+
+_DEPTH = 3  # of lists in lists
 
 
 def is_familiar(model: nn.Module) -> bool:
     """Whether classes, methods, hooks and functions of all modules are those of known libraries."""
+    kinds = {id(kind): kind for kind in map(type, model.modules())}
+    return (
+        all(map(_is_familiar_class, kinds.values()))
+        and all(map(_is_familiar_file, {kind.__module__ for kind in kinds.values()}))
+        and all(
+            _holds_known(getattr(sys.modules.get(file), name, None)) for file, name in _REGISTRIES
+        )
+        and all(_has_known_values(module) for module in model.modules())
+        and still_familiar(model)
+    )
+
+
+def still_familiar(model: nn.Module) -> bool:
+    """Whether nobody has put a hook or a method on a familiar model since it was looked over."""
     if any(_foreign_hooks(getattr(torch_module, name, None)) for name in _EVERYWHERE):
         return False
-    modules = list(model.modules())
-    kinds = {id(kind): kind for kind in map(type, modules)}
-    return all(map(_is_familiar_class, kinds.values())) and all(map(_is_familiar, modules))
+    return all(map(_is_unchanged, model.modules()))
 
 
 def is_from_library(function: object) -> bool:
     """Whether a function, or a callable object, was written in one of the libraries."""
-    while isinstance(function, functools.partial):
-        function = function.func
+    if isinstance(function, functools.partial):
+        inner = (function.func, *function.args, *function.keywords.values())
+        return all(_is_known_value(value, _DEPTH) for value in inner)
     owner = getattr(function, "__self__", None)
-    if owner is not None and not isinstance(owner, nn.Module) and not _known(type(owner)):
+    if owner is not None and not isinstance(owner, nn.Module) and not _known_class(type(owner)):
         return False
-    return _known(function) if hasattr(function, "__qualname__") else _known(type(function))
+    function = getattr(function, "__func__", function)
+    while isinstance(function, FunctionType):
+        if not _known_name(function.__globals__.get("__name__")):
+            return False  # a decorator may have copied another function's name
+        function = getattr(function, "__wrapped__", None)
+    return function is None or _known_class(
+        function if isinstance(function, type) else type(function)
+    )
 
 
-def _is_familiar_class(kind: type[nn.Module]) -> bool:
-    """Looked up each time: another method may be put in a class."""
-    bases = [base for base in kind.__mro__ if base not in (object, nn.Module)]
-    methods = (value for base in bases for value in vars(base).values() if callable(value))
-    return all(map(_known, bases)) and _known(nn.Module.__call__) and all(map(_known, methods))
-
-
-def _is_familiar(module: nn.Module) -> bool:
+def _is_unchanged(module: nn.Module) -> bool:
     own = vars(module)
     if any(_foreign_hooks(own.get(name)) for name in _HOOKS):
         return False
-    implementation = getattr(own.get("config"), "_attn_implementation", None)
-    if isinstance(implementation, str) and implementation not in _ATTENTION:
+    return is_from_library(own.get("forward")) and _known_class(type(own.get("_hf_hook")))
+
+
+def _is_familiar_class(kind: type[Any]) -> bool:
+    bases = [base for base in kind.__mro__ if base is not object]
+    if any(base.__name__ in _MADE_OF_CODE for base in bases) or not all(map(_known_class, bases)):
         return False
-    return all(map(is_from_library, _functions(own.values())))
+    methods = (value for base in bases for value in vars(base).values())
+    return all(map(_is_known_method, methods))
 
 
-def _functions(values: Any) -> Iterator[object]:
-    """What is kept on the instance and may be called in its forward pass, a replaced ``forward`` too."""
-    return (value for value in values if _is_function(type(value)))
+def _is_known_method(value: Any) -> bool:
+    if isinstance(value, property):
+        return all(map(is_from_library, (value.fget, value.fset)))
+    value = getattr(value, "__func__", value)  # of class methods and static ones
+    return is_from_library(value) if isinstance(value, FunctionType) else True
 
 
-def _is_function(kind: type[Any]) -> bool:
-    if kind not in _CALLABLE:
-        calls = any("__call__" in vars(base) for base in kind.__mro__)
-        _CALLABLE[kind] = calls and not issubclass(kind, nn.Module | type)
-    return _CALLABLE[kind]
+def _is_familiar_file(name: str) -> bool:
+    """Whether nobody has put functions of their own into a library's file."""
+    values = vars(sys.modules[name]).values() if name in sys.modules else ()
+    return all(is_from_library(value) for value in values if isinstance(value, FunctionType))
+
+
+def _has_known_values(module: nn.Module) -> bool:
+    tensors = (*module._parameters.values(), *module._buffers.values())
+    return all(_known_class(type(tensor)) for tensor in tensors) and all(
+        name in _HOOKS or _is_known_value(value, _DEPTH) for name, value in vars(module).items()
+    )
+
+
+def _is_known_value(value: Any, depth: int) -> bool:
+    if isinstance(value, nn.Module):
+        return True  # looked at by itself
+    if isinstance(value, Mapping | list | tuple | set | frozenset):
+        return depth == 0 or all(_is_known_value(inner, depth - 1) for inner in _inside(value))
+    if isinstance(value, type):
+        return _known_class(value)
+    return is_from_library(value) if callable(value) else _known_class(type(value))
+
+
+def _inside(value: Any) -> Iterator[Any]:
+    return iter(value.values() if isinstance(value, Mapping) else value)
+
+
+def _holds_known(registry: Any) -> bool:
+    return registry is None or all(_is_known_value(value, _DEPTH) for value in registry.values())
 
 
 def _foreign_hooks(hooks: Any) -> bool:
     return bool(hooks) and not all(map(is_from_library, hooks.values()))
 
 
-def _known(thing: Any) -> bool:
-    name = getattr(thing, "__module__", None)
-    if name is None:  # compiled functions
+def _known_class(kind: type[Any]) -> bool:
+    return _known_name(kind.__module__)
+
+
+@functools.cache
+def _known_name(module: str | None) -> bool:
+    """Whether a module of this name is part of a library, or of Python."""
+    root = str(module).partition(".")[0]
+    if root in _LIBRARIES or root == "builtins":
         return True
-    root = str(name).partition(".")[0]
-    return root in _LIBRARIES or root in sys.stdlib_module_names
+    if root not in sys.stdlib_module_names:
+        return False
+    file = getattr(
+        sys.modules.get(root), "__file__", None
+    )  # a script of one's own may be called code.py
+    return file is None or str(file).startswith(
+        tuple(sysconfig.get_paths()[key] for key in ("stdlib", "platstdlib"))
+    )

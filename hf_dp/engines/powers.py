@@ -21,8 +21,8 @@ def power_sums(values: Tensor, norm: Norm) -> Tensor:
         norm: Which of the two.
 
     Returns:
-        ``(B,)``, in the dtype of `values`. Absolute values are added in float64: numbers of one sign,
-        added in float32, all lose in the same direction.
+        ``(B,)``, in the dtype of `values`, float32 at least. Absolute values are added in float64: numbers
+        of one sign, added in float32, all lose in the same direction.
     """
     return squares_of_rows(values) if norm == "l2" else _absolutes_of_rows(values)
 
@@ -37,4 +37,4 @@ def _absolutes_of_rows(values: Tensor) -> Tensor:
     total = torch.zeros(len(flat), dtype=torch.float64, device=flat.device)
     for part in flat.split(max(1, _AT_ONCE // max(1, len(flat))), 1):
         total += part.abs().sum(1, dtype=torch.float64)
-    return total.to(values.dtype)
+    return total.to(torch.promote_types(values.dtype, torch.float32))

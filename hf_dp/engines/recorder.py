@@ -15,12 +15,12 @@ from hf_dp.engines.attribution import prove
 from hf_dp.engines.base import ExampleLoss, checked_losses
 from hf_dp.engines.by_content import Graph, hooks_on_gradients
 from hf_dp.engines.coverage import Coverage, NotTappableError, coverage_of
-from hf_dp.engines.familiar import is_familiar, is_from_library
+from hf_dp.engines.familiar import is_from_library, still_familiar
 from hf_dp.engines.own_losses import watched
 from hf_dp.engines.owners import Owners
 from hf_dp.engines.precision import full_precision
 from hf_dp.engines.rows import batch_size
-from hf_dp.engines.settle import check_folds, learn_what_grows, settle
+from hf_dp.engines.settle import check_folds, compare_mates, learn_what_grows, settle
 from hf_dp.engines.sharded import first_rows, is_sharded
 from hf_dp.engines.tap import Call, Recording, UsedOutsideError
 from hf_dp.engines.together import Alike, Group, Waiting
@@ -95,6 +95,8 @@ class Recorder:
         elif coverage.untold and not is_sharded(model):  # the other ranks do not run it again
             with kept_randomness(next(iter(coverage.parameters.values())).device):
                 learn_what_grows(model, inputs, coverage, example_loss)
+        if batch_size(inputs) > 1:
+            compare_mates(model, inputs, coverage, example_loss)
         return coverage
 
 
@@ -114,7 +116,7 @@ def _run(
         check_folds(record, inputs, num_units)
     record.tell()
     if num_units > 1 and losses.requires_grad:
-        strange = bool(hooks) or not is_familiar(model)
+        strange = bool(hooks) or not (coverage.familiar and still_familiar(model))
         if not (strange or is_from_library(example_loss)):
             strange = not outputs.prove(losses)
         _prove(coverage, record, losses, strange=strange)

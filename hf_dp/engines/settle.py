@@ -16,14 +16,13 @@ from hf_dp.engines.base import ExampleLoss, checked_losses, is_out_of_memory
 from hf_dp.engines.by_content import Graph, Twins
 from hf_dp.engines.coupling import check_mates
 from hf_dp.engines.coverage import Coverage, LayoutUnknownError, NotTappableError, TapPoint
-from hf_dp.engines.familiar import is_familiar
 from hf_dp.engines.precision import full_precision
 from hf_dp.engines.probe import mode_of, sizes_of
 from hf_dp.engines.rows import batch_size, select_rows
-from hf_dp.engines.sharded import is_sharded
+from hf_dp.engines.sharded import first_rows, is_sharded
 from hf_dp.engines.tap import Call, UsedOutsideError
 from hf_dp.engines.whole_tap import NoOutputAxisError, whole_call
-from hf_dp.errors import HfDpError
+from hf_dp.errors import ConfigurationError, HfDpError
 from hf_dp.layers.randomness import kept_randomness
 from hf_dp.layers.recognise import is_on_probation, still_computes
 from hf_dp.layers.repeats import UnrepeatedError
@@ -54,7 +53,6 @@ def settle(
 
     Raises:
         UncoveredParameterError: A parameter climbed past the model itself.
-        ConfigurationError: An example's loss among others is not what it is alone.
     """
     units = batch_size(inputs)
     few = select_rows(inputs, range(units if deep else min(units, 2)))
@@ -71,12 +69,35 @@ def settle(
                     continue
             if not _climbed_in_trial(model, few, coverage, example_loss):
                 break
-        if units > 1 and not (deep or coverage.compared):
-            check_mates(model, inputs, example_loss)
-            coverage.compared = True
-        if units > 1 and is_familiar(model):  # another one is proved every time
+        if units > 1 and coverage.familiar:  # another one is proved every time
             learn_what_grows(model, inputs, coverage, example_loss)
     coverage.settled = True
+
+
+def compare_mates(
+    model: nn.Module, inputs: Mapping[str, Any], coverage: Coverage, example_loss: ExampleLoss
+) -> None:
+    """Compare a few examples among others with the same alone, once for each loss and mode.
+
+    What was refused once stays refused: that a later batch does not show it proves nothing.
+
+    Raises:
+        ConfigurationError: An example's loss or gradient among others is not what it is alone.
+    """
+    function = getattr(example_loss, "__func__", example_loss)
+    key = (getattr(function, "__code__", type(function)), model.training)
+    if key in coverage.refused:
+        raise ConfigurationError(coverage.refused[key])
+    if key in coverage.compared:
+        return
+    device = next(iter(coverage.parameters.values())).device
+    try:
+        with kept_randomness(device):
+            check_mates(model, first_rows(model, inputs), example_loss)
+    except ConfigurationError as error:
+        coverage.refused[key] = str(error)
+        raise
+    coverage.compared.add(key)
 
 
 def _climbed_in_trial(

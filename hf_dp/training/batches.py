@@ -15,6 +15,7 @@ from hf_dp.engines.owners import Owners
 from hf_dp.engines.rows import batch_size
 from hf_dp.errors import ConfigurationError, PrivacyError, explain
 from hf_dp.sampling.base import BatchSampler
+from hf_dp.training.padding import padded_on_the_left
 
 Collator = Callable[[list[Any]], Any]
 RowCheck = Callable[[int, Any], None]
@@ -196,7 +197,7 @@ class LogicalBatchCollator:
                     "Return attention_mask from the collator (DataCollatorWithPadding does), or pad all "
                     "examples to one length in the dataset.",
                 )
-            if isinstance(mask, torch.Tensor) and mask.dim() == 2 and _padded_on_the_left(mask):
+            if isinstance(mask, torch.Tensor) and mask.dim() == 2 and padded_on_the_left(mask):
                 raise self._refusal(
                     "padding on the right",
                     "Set tokenizer.padding_side = 'right', or per_device_train_batch_size=1 (the logical "
@@ -216,11 +217,6 @@ class LogicalBatchCollator:
             return len(example[self.length_key])
         except (TypeError, KeyError, IndexError):
             return 0
-
-
-def _padded_on_the_left(mask: torch.Tensor) -> bool:
-    """Whether any row, ``(B, T)``, begins with padding; an empty one does not."""
-    return bool(((mask[:, 0] == 0) & mask.any(1)).any())
 
 
 class LogicalBatchSampler(Sampler[list[int]]):

@@ -26,6 +26,7 @@ from hf_dp.layers import DEFAULT_LAYER_RULES, LayerRules
 from hf_dp.sums import ClippedSum
 from hf_dp.training.alone import definition_loss
 from hf_dp.training.choice import Choice, choose
+from hf_dp.training.padding import padded_on_the_left
 from hf_dp.training.refused_parts import refuse_model
 from hf_dp.training.tasks import unwrapped
 
@@ -170,7 +171,19 @@ def _default_loss(
 ) -> tuple[ExampleLoss, GradientEngine]:
     if not isinstance(engine, SequentialEngine) and batch_size(batch) > 0:
         choice = _choice(model, batch)
-        if not choice.alone:
+        left = _begins_with_padding(batch)
+        if left and not isinstance(engine, AutomaticEngine):
+            raise ConfigurationError(
+                explain(
+                    "clipped_sum.batch",
+                    "padding on the left",
+                    f"padding on the right with engine={engine.name!r}",
+                    "Otherwise an example's loss may depend on how far its neighbours made it be padded.",
+                    "Set tokenizer.padding_side = 'right', or use engine='auto', which then takes one "
+                    "example at a time.",
+                )
+            )
+        if not (choice.alone or left):
             return choice.example_loss, engine
     if isinstance(engine, AutomaticEngine):
         logger.warning(
@@ -179,6 +192,12 @@ def _default_loss(
         )
         engine = SequentialEngine()
     return definition_loss(_own_loss), engine
+
+
+def _begins_with_padding(batch: Mapping[str, Any]) -> bool:
+    """Whether the made-up examples, which are padded on the right, say nothing of this batch."""
+    mask = batch.get("attention_mask")
+    return isinstance(mask, Tensor) and mask.dim() == 2 and padded_on_the_left(mask)
 
 
 def _choice(model: nn.Module, batch: Mapping[str, Any]) -> Choice:

@@ -163,3 +163,8 @@ def _in_mode(
         for module in model.modules():
             module.training = True
     return loss(model, rows)
+
+
+def padded_on_the_left(mask: Tensor) -> bool:
+    """Whether any row, ``(B, T)``, begins with padding; an empty one does not."""
+    return bool(((mask[:, 0] == 0) & mask.any(1)).any())

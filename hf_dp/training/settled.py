@@ -20,6 +20,7 @@ from hf_dp.training.batches import without_column
 from hf_dp.training.choice import Choice, announce, choose
 from hf_dp.training.chosen_noise import norm_of
 from hf_dp.training.explaining import explain_training
+from hf_dp.training.mixing import refuse_mixing
 from hf_dp.training.ownership import Ownership
 from hf_dp.training.packing import apart
 from hf_dp.training.padding import collators_padding
@@ -55,6 +56,7 @@ class SettledMixin(_Host):
             own = type(self).compute_loss.__module__.partition(".")[0] in _TRUSTED_HOSTS
             with self.coins.for_library_code(), self.compute_loss_context_manager():
                 item = self._first(host)
+                refuse_mixing(host.collate_fn, item)
                 columns = host.collate_fn([copy.deepcopy(item)])
                 self._choice = choose(
                     self.model,

@@ -16,7 +16,7 @@ from scipy.stats import gamma
 from hf_dp.accounting import PLDAccountant, accountant_named
 from hf_dp.accounting import _hidden_scale as hidden_module
 from hf_dp.accounting import _released_scale as released_module
-from hf_dp.accounting._hidden_scale import HiddenScale
+from hf_dp.accounting._hidden_scale import HiddenScale, highest_loss
 from hf_dp.accounting._laplace import (
     BoundedLoss,
     FixedScale,
@@ -457,6 +457,19 @@ def test_the_highest_loss_of_several_coordinates_is_bounded(law: ScaleLaw, dimen
             assert highest <= pure * (1 + 1e-9)
     anyhow = pure_epsilon(event(law, None, "l1"))
     assert pure_epsilon(event(law, dimension, "l1")) <= anyhow * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e-9, 1e-6, 1e-3, 1.0])
+@pytest.mark.parametrize("dimension", [1, 100, 10_000])
+def test_rounding_never_makes_the_highest_loss_too_small(scale: float, dimension: int) -> None:
+    """Of a Gamma part alone it is (k + 1) log(1 + scale * shift)."""
+    law = ScaleLaw(gamma_shape=3.0, gamma_scale=scale)
+    exact = 4.0 * math.log1p(scale / dimension)
+    found = highest_loss(law, 1 / dimension)
+    assert exact <= found <= exact * (1 + 1e-9) + 2e-14
+    rounded = dimension * float(law.pure_epsilon(1 / dimension))  # what the bound is made of
+    if (scale, dimension) == (1e-9, 10_000):
+        assert abs(rounded / (dimension * exact) - 1) > 1e-3
 
 
 def test_shown_scales_have_a_highest_loss_only_if_they_have_an_end() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,9 +17,10 @@ from family_zoo import build as build_family
 from torch import Tensor, nn
 from toy_nets import C
 from transformers import BertModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_dp.clipping import FlatClipping
-from hf_dp.engines import BookKeepingEngine, recorder
+from hf_dp.engines import BookKeepingEngine, familiar, recorder
 from hf_dp.engines.familiar import is_familiar, is_from_library
 from hf_dp.errors import UncoveredParameterError
 from hf_dp.training.tasks import Task
@@ -81,14 +84,23 @@ def own_partial(model: Any) -> None:
     model.bert.encoder.layer[0].feed_forward_chunk = functools.partial(mine, 1)
 
 
-def own_attention(model: Any) -> None:
-    model.config._attn_implementation = "mine"
+def own_decorator(model: Any) -> None:
+    dense = model.bert.pooler.dense
+    dense.forward = functools.wraps(dense.forward)(lambda *args: mine(*args))
+
+
+def own_list(model: Any) -> None:
+    model.bert.steps = [(mine,)]
+
+
+def traced(model: Any) -> None:
+    model.classifier = torch.fx.symbolic_trace(model.classifier)
 
 
 @pytest.mark.parametrize(
     "change",
     [own_class, own_forward, own_hook, own_pre_hook, own_function, own_callable, own_partial,
-     own_attention],
+     own_decorator, own_list, traced],
 )  # fmt: skip
 def test_code_of_one_s_own_is_seen_wherever_it_is_put(change: Callable[[Any], None]) -> None:
     model = build("bert-cls")
@@ -101,6 +113,37 @@ def test_a_method_that_is_put_in_a_class_is_seen(monkeypatch: pytest.MonkeyPatch
     model = build("bert-cls")
     monkeypatch.setattr(BertModel, "get_extended_attention_mask", mine, raising=False)
     assert not is_familiar(model)
+
+
+def test_a_property_that_is_put_in_a_class_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("bert-cls")
+    monkeypatch.setattr(BertModel, "scale", property(mine), raising=False)
+    assert not is_familiar(model)
+
+
+def test_a_function_that_is_put_in_a_library_s_file_is_seen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("transformers.models.bert.modeling_bert.eager_attention_forward", mine)
+    assert not is_familiar(build("bert-cls"))
+
+
+def test_an_attention_of_one_s_own_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("bert-cls")
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "mine", mine)
+    assert not is_familiar(model)
+
+
+def test_a_file_that_is_called_as_one_of_python_s_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    shadow = ModuleType("code")
+    shadow.__file__ = "/home/somebody/code.py"
+    monkeypatch.setitem(sys.modules, "code", shadow)
+    familiar._known_name.cache_clear()
+    try:
+        assert not familiar._known_name("code")
+    finally:
+        familiar._known_name.cache_clear()
+    assert familiar._known_name("functools")
 
 
 def test_a_hook_on_all_modules_is_seen() -> None:

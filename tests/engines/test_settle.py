@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from toy_nets import C, Net, book_kept, data, squares
 
 from hf_dp.engines import BookKeepingEngine, coverage, engine_named, settle
+from hf_dp.engines.coupling import check_mates
 from hf_dp.engines.tap import Recording
 from hf_dp.errors import ConfigurationError
 
@@ -234,3 +235,62 @@ def test_draws_and_rounding_are_no_influence(kind: str, training: bool) -> None:
     summed = book_kept(model, data(), engine=engine)
     assert bool(torch.isfinite(summed.norms).all())
     assert engine.recorder.coverage(model).compared
+
+
+def weighted_by_the_batch(model: nn.Module, inputs: Batch) -> Tensor:
+    losses = squares(model, inputs)
+    found: Tensor = losses / losses.detach().mean()
+    return found
+
+
+def test_another_loss_is_compared_anew() -> None:
+    model, engine = Net(), BookKeepingEngine()
+    book_kept(model, data(), engine=engine)
+    with pytest.raises(ConfigurationError, match="batch mates"):
+        book_kept(model, data(), weighted_by_the_batch, engine)
+
+
+def test_what_was_refused_stays_refused() -> None:
+    """A batch that is harmless shows nothing of those to come."""
+    model, engine = Net(), BookKeepingEngine()
+    same = {"x": data()["x"][:1].repeat(4, 1, 1)}  # of equal losses each is its own mean
+    for inputs in (data(), same):
+        with pytest.raises(ConfigurationError, match="batch mates"):
+            book_kept(model, inputs, weighted_by_the_batch, engine)
+    book_kept(model, same, weighted_by_the_batch, BookKeepingEngine())  # which alone shows nothing
+
+
+def hardest(model: nn.Module, inputs: Batch) -> Tensor:
+    """Leaves out the quarter that is learnt best."""
+    losses = squares(model, inputs)
+    kept = losses.topk(max(1, len(losses) * 3 // 4)).indices
+    found: Tensor = losses * torch.zeros_like(losses).index_fill(0, kept, 1.0)
+    return found
+
+
+def test_one_outlier_among_a_few_is_sought_among_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = data(rows=16)
+    inputs["x"] = inputs["x"][torch.tensor([15, 0, 14, 13, 1, 2, 12, 3, *range(4, 12)])]
+    with pytest.raises(ConfigurationError, match="batch mates"):
+        book_kept(Net(), inputs, hardest)
+    monkeypatch.setattr("hf_dp.engines.coupling._MORE", 4)  # planted
+    with pytest.raises(AssertionError):
+        assert_same_sum(book_kept(Net(), inputs, hardest), naive(Net(), inputs, C, hardest), 1e-3)
+
+
+def test_gradients_that_are_all_rounding_show_nothing() -> None:
+    """A model that still equals the one it learns from has a large loss and no gradient."""
+    torch.manual_seed(0)
+    student, inputs = Net().float(), {"x": data()["x"].float()}
+    teacher = student(inputs["x"]).detach()
+
+    def distilled(model: nn.Module, batch: Batch) -> Tensor:
+        mine, theirs = model(batch["x"]), teacher[: len(batch["x"])]
+        if len(batch["x"]) == 1:
+            theirs = teacher[(inputs["x"] == batch["x"]).all((1, 2)).nonzero()[0]]
+        entropy = -(theirs.softmax(-1) * mine.log_softmax(-1)).sum((1, 2))
+        cosine = 1 - torch.cosine_similarity(mine, theirs, -1).mean(1)
+        found: Tensor = entropy + cosine
+        return found
+
+    check_mates(student, inputs, distilled)

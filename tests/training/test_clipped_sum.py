@@ -81,6 +81,26 @@ def test_examples_are_clipped_in_the_l1_norm_if_asked(engine: str) -> None:
     assert any(float(one.norms) > 4 for one in found)
 
 
+@pytest.mark.parametrize("engine", ["auto", "sequential"])
+def test_padding_on_the_left_changes_nothing(engine: str) -> None:
+    """Where positions are absolute it moves an example's own; its neighbours decide how far."""
+    inputs, kept = collate(ROWS), engine_named(engine)
+    left = {name: value.clone() for name, value in inputs.items()}
+    for row, used in enumerate(inputs["attention_mask"].sum(1).tolist()):
+        for name, value in left.items():
+            if value.dim() > 1:
+                value[row] = inputs[name][row].roll(-used)
+    assert int(left["attention_mask"][:, 0].sum()) < len(ROWS)
+    model = tiny_bert().eval()
+    found, expected = (
+        hf_dp.clipped_sum(model, batch, clipping_norm=0.5, engine=kept) for batch in (left, inputs)
+    )
+    torch.testing.assert_close(found.norms, expected.norms, rtol=1e-5, atol=1e-6)
+    assert distance(found.grads, dict(expected.grads)) < 1e-5
+    with pytest.raises(ConfigurationError, match="padding on the right"):
+        hf_dp.clipped_sum(model, left, clipping_norm=0.5, engine="two_pass")
+
+
 def test_there_is_no_third_norm_to_clip_in() -> None:
     with pytest.raises(ConfigurationError, match=r"clipped_sum\.clipping_norm_type='max'.*l1"):
         hf_dp.clipped_sum(
