@@ -1,28 +1,33 @@
-"""Laplace noise whose scale is drawn: one hidden scale, a shown one, and what must not be mixed up."""
+"""Laplace noise whose scale is drawn, in whole runs: no bound below what is known, none above another."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import astuple, dataclass, replace
-from typing import ClassVar
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
-from scipy.integrate import quad
-from scipy.stats import gamma
+from mixture_laws import (
+    ACCOUNTED,
+    LAWS,
+    LOMAX,
+    SAMPLED,
+    UNIFORM,
+    Floats,
+    Run,
+    chances_of,
+    delta_of,
+    epsilon,
+    event,
+    reach_of,
+)
 
 from hf_dp.accounting import PLDAccountant, accountant_named
-from hf_dp.accounting import _hidden_scale as hidden_module
-from hf_dp.accounting import _released_scale as released_module
 from hf_dp.accounting._hidden_scale import HiddenScale, highest_loss
 from hf_dp.accounting._laplace import (
-    BoundedLoss,
     FixedScale,
     laplace_loss,
     pure_epsilon,
-    symmetric_loss,
 )
 from hf_dp.accounting._released_scale import ReleasedScale
 from hf_dp.errors import UnsupportedEventError
@@ -33,288 +38,12 @@ from hf_dp.events import (
     Norm,
     PoissonSampled,
     PrivacyEvent,
-    PrivacyUnit,
     ScaleDraw,
     ScaleMixtureLaplace,
     SelfComposed,
     Shuffled,
 )
 from hf_dp.scale_law import ScaleLaw
-
-Floats = NDArray[np.float64]
-
-ACCOUNTED = ScaleLaw(1.0, 0.05, 0.02, 0.1, 0.2)
-SAMPLED = ScaleLaw(1.0, 0.05, 0.5, 0.1, 0.2)
-LOMAX = ScaleLaw(3.0, 1 / 3)
-UNIFORM = ScaleLaw(uniform_low=0.4, uniform_high=2.0)
-NEARLY_CONSTANT = ScaleLaw(3000.0, 1 / 3000)
-ALL = [ACCOUNTED, SAMPLED, LOMAX, UNIFORM, NEARLY_CONSTANT]
-LAWS = pytest.mark.parametrize("law", ALL, ids=str)
-
-
-def event(
-    law: ScaleLaw, dimension: int | None = 1, norm: Norm = "l1", draw: ScaleDraw = "iid"
-) -> ScaleMixtureLaplace:
-    return ScaleMixtureLaplace(*astuple(law), draw, norm, dimension)
-
-
-def epsilon(event: PrivacyEvent, delta: float, accountant: str = "pld") -> float:
-    return accountant_named(accountant).guarantee(event, delta=delta).epsilon
-
-
-@dataclass(frozen=True)
-class Run:
-    """What `calibrate` needs of a plan."""
-
-    noise: ScaleMixtureLaplace
-    probability: float
-    num_steps: int
-
-    unit: ClassVar[PrivacyUnit] = "example"
-    relation: ClassVar[NeighboringRelation] = NeighboringRelation.ADD_OR_REMOVE_ONE
-
-    def event(self) -> PrivacyEvent:
-        return SelfComposed(PoissonSampled(self.probability, self.noise), self.num_steps)
-
-    def with_noise_multiplier(self, noise_multiplier: float) -> Run:
-        law = self.noise.law.with_deviation(noise_multiplier)
-        fields = dict(zip(law.__dataclass_fields__, astuple(law), strict=True))
-        return replace(self, noise=replace(self.noise, **fields))
-
-
-def integrated(law: ScaleLaw, level: float, shift: float = 1.0) -> float:
-    """Delta of one coordinate, by adaptive quadrature of where one density exceeds the other."""
-
-    def excess(x: float) -> float:
-        above = law.density(x) - math.exp(level) * law.density(x - shift)
-        return max(float(above), 0.0)
-
-    ends = [-1e6, -1e3, -100.0, -20.0, -5.0, -1.0, 0.0, 0.1 * shift, shift / 2]
-    parts = [
-        quad(excess, low, high, epsabs=1e-13, epsrel=1e-9, limit=200)[0]
-        for low, high in itertools.pairwise(ends)
-    ]
-    return math.fsum(parts)
-
-
-@LAWS
-def test_hidden_scale_agrees_with_quadrature_from_above(law: ScaleLaw) -> None:
-    loss = HiddenScale(law)
-    for share in (0.0, 0.03, 0.3, 0.7, 0.95):
-        level = share * loss.highest
-        found = float(loss.profile(np.array([level]))[0])
-        exact = integrated(law, level)
-        assert exact * (1 - 1e-9) - 1e-12 <= found <= exact * (1 + 1e-6) + 1e-9
-
-
-@LAWS
-def test_the_loss_of_a_hidden_scale_ends_at_its_highest(law: ScaleLaw) -> None:
-    loss = HiddenScale(law)
-    x = np.linspace(-30.0, 30.0, 200_001)
-    losses = np.log(law.density(x) / law.density(x - 1))
-    assert losses.max() <= loss.highest <= losses.max() + 1e-6
-    beyond = loss.profile(loss.highest * np.array([1 - 1e-9, 1.0, 1.1, 50.0]))
-    assert beyond[0] > 0
-    assert beyond[1:].tolist() == [0.0, 0.0, 0.0]
-
-
-@pytest.mark.parametrize("nodes", [3, 6, 20])
-def test_a_bad_table_of_losses_is_paid_for(nodes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hidden_module, "_NODES", nodes)
-    levels = np.linspace(0.0, 0.95, 24) * HiddenScale(SAMPLED).highest
-    rough = HiddenScale(SAMPLED).profile(levels)
-    monkeypatch.setattr(hidden_module, "_NODES", 4096)
-    exact = HiddenScale(SAMPLED).profile(levels)
-    assert np.all(rough >= exact - 1e-12)
-    # The planted fault: the same ends, without what they may miss.
-    monkeypatch.setattr(hidden_module, "_NODES", nodes)
-    faulty = HiddenScale(SAMPLED)
-    for table in (faulty._left, faulty._right):
-        table._chances *= 0.0
-    assert np.any(faulty.profile(levels) < exact - 1e-9)
-
-
-@LAWS
-@pytest.mark.parametrize("shift", [0.2, 0.9])
-def test_smaller_moves_of_one_coordinate_cost_less(law: ScaleLaw, shift: float) -> None:
-    loss = HiddenScale(law)
-    for share in (0.0, 0.3, 0.7):
-        level = share * loss.highest
-        found = float(loss.profile(np.array([level]))[0])
-        assert integrated(law, level, shift) < found
-
-
-def reach_of(law: ScaleLaw) -> float:
-    """Where next to nothing of the noise is left."""
-    reach = 1.0
-    while law.tail(reach) > 1e-13 and reach < 1e5:
-        reach *= 2
-    return reach
-
-
-def chances_of(law: ScaleLaw, edges: Floats) -> Floats:
-    """Chances of cells, 0 being among their ends, without cancellation far out."""
-    tails = law.tail(np.abs(edges)) / 2
-    chances: Floats = np.where(edges[:-1] < 0, np.diff(tails), -np.diff(tails))
-    return chances
-
-
-def spread(law: ScaleLaw, moves: float, cells: int = 500) -> tuple[Floats, Floats]:
-    """Losses and chances of one of the coordinates that a unit moves by 1 / `moves`."""
-    shift = 1 / moves
-    grown = np.concatenate(([0.0], np.geomspace(1e-3, reach_of(law), cells)))
-    edges = np.concatenate((-grown[:0:-1], np.linspace(0.0, shift, 60), shift + grown[1:]))
-    # Cells of outputs: looking at them through cells can only hide something.
-    absent, present = chances_of(law, edges), chances_of(law, edges - shift)
-    return np.log(present / absent), present
-
-
-def delta_of(losses: Floats, chances: Floats, level: float) -> float:
-    return float(chances @ np.maximum(-np.expm1(level - losses), 0.0))
-
-
-def test_two_halves_are_worse_than_one_coordinate() -> None:
-    """Why the exact loss of one coordinate is used at dimension 1 alone."""
-    one = HiddenScale(SAMPLED)
-    level = 0.899
-    assert one.highest < level
-    losses, chances = spread(SAMPLED, 2)
-    both = (losses[:, None] + losses).ravel(), np.outer(chances, chances).ravel()
-    halves = delta_of(*both, level)
-    assert delta_of(*both, 0.8995) < 1.39e-4 < halves < 1.43e-4
-    # So at that delta two coordinates cost more than `level`, and the accountant says so.
-    for accountant, dimension in itertools.product(("pld", "rdp"), (2, 3, None)):
-        for draw in ("iid", "shared"):
-            several = event(SAMPLED, dimension, "l1", draw)  # type: ignore[arg-type]
-            assert epsilon(several, 0.99 * halves, accountant) >= level
-    # The planted fault: one coordinate's pair taken for two. It would be below the truth.
-    assert epsilon(event(SAMPLED, 1), 0.99 * halves) < level
-    assert isinstance(symmetric_loss(event(SAMPLED, 1)), HiddenScale)
-    assert not isinstance(symmetric_loss(event(SAMPLED, 2)), HiddenScale)
-    assert not isinstance(symmetric_loss(event(SAMPLED, 1, "l1", "shared")), HiddenScale)
-
-
-@LAWS
-@pytest.mark.parametrize("share", [0.5, 0.8])
-def test_two_coordinates_lose_no_more_than_their_highest_loss_allows(
-    law: ScaleLaw, share: float
-) -> None:
-    parts = [spread(law, 1 / part, 300) for part in (share, 1 - share)]
-    losses = (parts[0][0][:, None] + parts[1][0]).ravel()
-    chances = np.outer(parts[0][1], parts[1][1]).ravel()
-    for dimension in (2, 5, None):
-        loss = symmetric_loss(event(law, dimension))
-        assert isinstance(loss, BoundedLoss)
-        assert loss.highest == pure_epsilon(event(law, dimension))
-        levels = np.linspace(0.0, 1.1, 12) * loss.highest
-        for level, found in zip(levels, loss.profile(levels), strict=True):
-            assert delta_of(losses, chances, level) <= found * (1 + 1e-9)
-        # Randomised response itself has exactly this profile.
-        h = loss.highest
-        answers = np.array([-h, h]), np.array([1.0, math.exp(h)]) / (1 + math.exp(h))
-        exact = [delta_of(*answers, level) for level in levels]
-        np.testing.assert_allclose(loss.profile(levels), exact, atol=1e-15)
-
-
-def test_a_shown_scale_for_each_coordinate_is_not_dominated_by_one_coordinate() -> None:
-    # Inverse scales 0 or 20, each half the time: total variation of one coordinate and of two halves.
-    def shown(shift: float) -> tuple[Floats, Floats]:
-        x = np.linspace(-2.0, 3.0, 1001)
-        middle, width = (x[1:] + x[:-1]) / 2, np.diff(x)
-        chances = 10 * np.exp(-20 * np.abs(middle - shift)) * width / 2
-        losses = 20 * (np.abs(middle) - np.abs(middle - shift))
-        return np.append(losses, 0.0), np.append(chances, 0.5)
-
-    one, both = shown(1.0), shown(0.5)
-    losses = (both[0][:, None] + both[0]).ravel()
-    assert delta_of(*one, 0.0) == pytest.approx(0.5, abs=1e-3)
-    assert delta_of(losses, np.outer(both[1], both[1]).ravel(), 0.0) > 0.74
-
-
-def mean_of_profiles(law: ScaleLaw, level: float) -> float:
-    """The profile of a shown scale: over the Uniform part in closed form, over a Gamma part by quadrature."""
-    low, high = law.uniform_low, law.uniform_high
-
-    def at(drawn: float) -> float:
-        left = level - drawn
-        if high == low:
-            return max(-math.expm1((left - low) / 2), 0.0)
-        first = max(low, left)
-        if first >= high:
-            return 0.0
-        tilted = 2 * (math.exp((left - first) / 2) - math.exp((left - high) / 2))
-        return (high - first - tilted) / (high - low)
-
-    if law.gamma_scale == 0:
-        return at(0.0)
-    law_of_gamma = gamma(law.gamma_shape, scale=law.gamma_scale)
-    last = float(law_of_gamma.isf(1e-18))
-    kinks = sorted({0.0, *(min(max(level - end, 0.0), last) for end in (low, high)), last})
-    parts = [
-        quad(lambda g: at(g) * law_of_gamma.pdf(g), a, b, epsabs=1e-12, limit=300)[0]
-        for a, b in itertools.pairwise(kinks)
-    ]
-    return math.fsum(parts)
-
-
-@pytest.mark.parametrize(
-    "law", [LOMAX, UNIFORM, NEARLY_CONSTANT, ScaleLaw(2.0, 0.3, 0.0, 0.7, 0.7)], ids=str
-)
-def test_released_scale_agrees_with_quadrature_from_above(law: ScaleLaw) -> None:
-    loss = ReleasedScale(law)
-    for level in np.array([0.0, 0.2, 0.5, 1.0, 1.5]) * law.mean:
-        found = float(loss.profile(np.array([level]))[0])
-        exact = mean_of_profiles(law, float(level))
-        assert exact * (1 - 1e-7) - 1e-11 <= found <= exact * (1 + 2e-5) + 1e-20
-
-
-@pytest.mark.parametrize("cells", [3, 10, 100])
-@LAWS
-def test_every_grid_of_scales_gives_an_upper_bound(
-    cells: int, law: ScaleLaw, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    levels = np.linspace(0.0, 3.0, 31) * law.mean
-    exact = ReleasedScale(law).profile(levels)
-    monkeypatch.setattr(released_module, "_CELLS", cells)
-    released_module._on_grid.cache_clear()
-    try:
-        rough = ReleasedScale(law).profile(levels)
-        assert np.all(rough >= exact * (1 - 1e-5))
-        # The planted fault: the middle of a cell for all of it, which is mostly below.
-        monkeypatch.setattr(released_module, "_split", lambda chances, *_: np.append(chances, 0.0))
-        released_module._on_grid.cache_clear()
-        assert np.any(ReleasedScale(law).profile(levels) < exact * (1 - 1e-5))
-    finally:
-        released_module._on_grid.cache_clear()
-
-
-@pytest.mark.statistical
-@pytest.mark.parametrize("draw", ["iid", "shared"])
-def test_a_simulated_run_loses_what_is_claimed(draw: ScaleDraw) -> None:
-    """Five deviations either way: a false alarm once in 1.7 million runs."""
-    generator = np.random.default_rng()
-    runs, q, num_steps, delta, law = 200_000, 0.2, 12, 0.01, ScaleLaw(4.0, 0.3, 0.0, 0.1, 0.5)
-    losses = np.zeros(runs)
-    for _ in range(num_steps):
-        scale = law.gamma_scale * generator.standard_gamma(4.0, runs)
-        scale += generator.uniform(law.uniform_low, law.uniform_high, runs)
-        output = generator.laplace(0.0, 1.0, runs) / scale + (generator.random(runs) < q)
-        if draw == "iid":
-            ratio = law.density(output - 1) / law.density(output)
-        else:
-            ratio = np.exp(scale * (np.abs(output) - np.abs(output - 1)))
-        losses += np.log1p(q * (ratio - 1))
-    dimension = 1 if draw == "iid" else None
-    step = PoissonSampled(q, event(law, dimension, "l1", draw))
-    found = epsilon(SelfComposed(step, num_steps), delta)
-
-    def agrees(claimed: float) -> bool:
-        parts = np.maximum(-np.expm1(claimed - losses), 0.0)
-        return abs(parts.mean() - delta) <= 5 * parts.std() / math.sqrt(runs)
-
-    assert agrees(found)
-    assert not agrees(0.94 * found)
-    assert not agrees(1.06 * found)
 
 
 class Spread:
