@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass, replace
-from typing import ClassVar
+import functools
+from dataclasses import astuple
 
 import numpy as np
 import pytest
@@ -15,34 +15,20 @@ from hf_dp.events import (
     Norm,
     PoissonSampled,
     PrivacyEvent,
-    PrivacyUnit,
     ScaleDraw,
     ScaleMixtureLaplace,
-    SelfComposed,
 )
+from hf_dp.noise.base import NoiseMechanism
+from hf_dp.noise.candidates import Run
 from hf_dp.scale_law import ScaleLaw
 
 Floats = NDArray[np.float64]
-
-
 ACCOUNTED = ScaleLaw(1.0, 0.05, 0.02, 0.1, 0.2)
-
-
 SAMPLED = ScaleLaw(1.0, 0.05, 0.5, 0.1, 0.2)
-
-
 LOMAX = ScaleLaw(3.0, 1 / 3)
-
-
 UNIFORM = ScaleLaw(uniform_low=0.4, uniform_high=2.0)
-
-
 NEARLY_CONSTANT = ScaleLaw(3000.0, 1 / 3000)
-
-
 ALL = [ACCOUNTED, SAMPLED, LOMAX, UNIFORM, NEARLY_CONSTANT]
-
-
 LAWS = pytest.mark.parametrize("law", ALL, ids=str)
 
 
@@ -56,24 +42,10 @@ def epsilon(event: PrivacyEvent, delta: float, accountant: str = "pld") -> float
     return accountant_named(accountant).guarantee(event, delta=delta).epsilon
 
 
-@dataclass(frozen=True)
-class Run:
+def run_of(noise: NoiseMechanism, probability: float, num_steps: int) -> Run:
     """What `calibrate` needs of a plan."""
-
-    noise: ScaleMixtureLaplace
-    probability: float
-    num_steps: int
-
-    unit: ClassVar[PrivacyUnit] = "example"
-    relation: ClassVar[NeighboringRelation] = NeighboringRelation.ADD_OR_REMOVE_ONE
-
-    def event(self) -> PrivacyEvent:
-        return SelfComposed(PoissonSampled(self.probability, self.noise), self.num_steps)
-
-    def with_noise_multiplier(self, noise_multiplier: float) -> Run:
-        law = self.noise.law.with_deviation(noise_multiplier)
-        fields = dict(zip(law.__dataclass_fields__, astuple(law), strict=True))
-        return replace(self, noise=replace(self.noise, **fields))
+    step = functools.partial(PoissonSampled, probability)
+    return Run(noise, step, num_steps, "example", NeighboringRelation.ADD_OR_REMOVE_ONE)
 
 
 def reach_of(law: ScaleLaw) -> float:

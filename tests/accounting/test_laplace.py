@@ -5,13 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import numpy as np
 import pytest
 from dp_accounting.pld import privacy_loss_distribution
 from dp_accounting.pld.privacy_loss_mechanism import AdjacencyType, LaplacePrivacyLoss
+from mixture_laws import epsilon, run_of
 
 from hf_dp.accounting import PLDAccountant, RDPAccountant, accountant_named
 from hf_dp.accounting._laplace import FixedScale, SampledNoise, laplace_loss, pure_epsilon
@@ -31,12 +30,12 @@ from hf_dp.events import (
     PoissonSampled,
     PoissonSampledContributions,
     PrivacyEvent,
-    PrivacyUnit,
     SampledWithoutReplacement,
     SelfComposed,
     Shuffled,
     TruncatedPoissonSampled,
 )
+from hf_dp.noise import LaplaceNoise
 
 SPECIAL = NeighboringRelation.REPLACE_SPECIAL
 
@@ -44,28 +43,6 @@ SPECIAL = NeighboringRelation.REPLACE_SPECIAL
 def laplace(b: float, norm: Norm = "l1", dimension: int | None = None) -> Laplace:
     """By scale rather than by standard deviation."""
     return Laplace(b * math.sqrt(2), norm, dimension)
-
-
-def epsilon(event: PrivacyEvent, delta: float, accountant: str = "pld") -> float:
-    return accountant_named(accountant).guarantee(event, delta=delta).epsilon
-
-
-@dataclass(frozen=True)
-class Run:
-    """What `calibrate` needs of a plan."""
-
-    noise: Laplace
-    probability: float
-    num_steps: int
-
-    unit: ClassVar[PrivacyUnit] = "example"
-    relation: ClassVar[NeighboringRelation] = NeighboringRelation.ADD_OR_REMOVE_ONE
-
-    def event(self) -> PrivacyEvent:
-        return SelfComposed(PoissonSampled(self.probability, self.noise), self.num_steps)
-
-    def with_noise_multiplier(self, noise_multiplier: float) -> Run:
-        return replace(self, noise=replace(self.noise, noise_multiplier=noise_multiplier))
 
 
 @pytest.mark.reference
@@ -301,7 +278,7 @@ def test_curve_bounds_every_count_and_ends_at_the_guarantee(
 def test_calibrated_noise_meets_the_target(
     noise: Laplace, accountant: str, target: float, delta: float
 ) -> None:
-    run = Run(noise, 0.1, 30)
+    run = run_of(LaplaceNoise(noise.noise_multiplier, noise.norm, noise.dimension), 0.1, 30)
     chosen = accountant_named(accountant).calibrate(run, target_epsilon=target, target_delta=delta)
     assert epsilon(chosen.event(), delta, accountant) <= target
     less = chosen.with_noise_multiplier(0.998 * chosen.noise.noise_multiplier)

@@ -14,12 +14,12 @@ from mixture_laws import (
     SAMPLED,
     UNIFORM,
     Floats,
-    Run,
     chances_of,
     delta_of,
     epsilon,
     event,
     reach_of,
+    run_of,
 )
 
 from hf_dp.accounting import PLDAccountant, accountant_named
@@ -43,6 +43,7 @@ from hf_dp.events import (
     SelfComposed,
     Shuffled,
 )
+from hf_dp.noise import ScaleMixtureNoise
 from hf_dp.scale_law import ScaleLaw
 
 
@@ -233,7 +234,8 @@ def test_epsilon_is_never_above_the_pure_one(law: ScaleLaw, delta: float) -> Non
     ids=str,
 )
 def test_calibrated_noise_meets_the_target(noise: ScaleMixtureLaplace) -> None:
-    run, accountant = Run(noise, 0.1, 10), PLDAccountant()
+    mixture = ScaleMixtureNoise(noise.law, noise.draw, noise.norm, noise.dimension)
+    run, accountant = run_of(mixture, 0.1, 10), PLDAccountant()
     chosen = accountant.calibrate(run, target_epsilon=2.0, target_delta=1e-6)
     assert epsilon(chosen.event(), 1e-6) <= 2.0
     less = chosen.with_noise_multiplier(0.998 * chosen.noise.noise_multiplier)
