@@ -33,7 +33,7 @@ _TRIED, _MORE, _PAIR = 4, 16, 2
 _GAPS = {"float32": 1e-4, "accelerator": 2e-3, "half": 5e-2}
 _GRADIENT_GAPS = {"float32": 1e-2, "accelerator": 5e-2, "half": 0.5}
 _LITTLE_LOSS = 0.1
-_LITTLE_GRADIENT = 1e-5  # of the loss: a gradient that is shorter is all rounding
+_LITTLE_GRADIENT = 2e-3  # of the loss: gradients that are shorter count as this long, for rounding
 _TINY = torch.finfo(torch.float32).tiny
 
 _WHY = "Otherwise one example changes the gradients of others, and what it moves in the sum is not bounded."

@@ -127,7 +127,7 @@ def _is_known_value(value: Any, depth: int) -> bool:
         return depth == 0 or all(_is_known_value(inner, depth - 1) for inner in _inside(value))
     if isinstance(value, type):
         return _known_class(value)
-    return is_from_library(value) if callable(value) else _known_class(type(value))
+    return is_from_library(value) if callable(value) else True
 
 
 def _inside(value: Any) -> Iterator[Any]:

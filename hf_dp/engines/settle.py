@@ -16,6 +16,7 @@ from hf_dp.engines.base import ExampleLoss, checked_losses, is_out_of_memory
 from hf_dp.engines.by_content import Graph, Twins
 from hf_dp.engines.coupling import check_mates
 from hf_dp.engines.coverage import Coverage, LayoutUnknownError, NotTappableError, TapPoint
+from hf_dp.engines.loss_keys import loss_key
 from hf_dp.engines.precision import full_precision
 from hf_dp.engines.probe import mode_of, sizes_of
 from hf_dp.engines.rows import batch_size, select_rows
@@ -29,6 +30,7 @@ from hf_dp.layers.repeats import UnrepeatedError
 
 _TWINS = (2, 3)  # examples
 _MOST_LOOKS = 8  # a model that goes more ways than this is proved every time on those
+_MOST_LOSSES = 16  # beyond, losses that differ in numbers alone count as one
 _UNCHANGED = 2e-2  # losses with and without taps: rounding in any dtype
 
 
@@ -84,10 +86,12 @@ def compare_mates(
     Raises:
         ConfigurationError: An example's loss or gradient among others is not what it is alone.
     """
-    function = getattr(example_loss, "__func__", example_loss)
-    key = (getattr(function, "__code__", type(function)), model.training)
+    few = len(coverage.compared) < _MOST_LOSSES
+    key = (loss_key(example_loss, numbers=few), model.training)
     if key in coverage.refused:
-        raise ConfigurationError(coverage.refused[key])
+        raise ConfigurationError(
+            f"{coverage.refused[key]} (Refused before; a new engine looks anew.)"
+        )
     if key in coverage.compared:
         return
     device = next(iter(coverage.parameters.values())).device

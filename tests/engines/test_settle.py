@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import types
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from toy_nets import C, Net, book_kept, data, squares
 
 from hf_dp.engines import BookKeepingEngine, coverage, engine_named, settle
+from hf_dp.engines.base import ExampleLoss
 from hf_dp.engines.coupling import check_mates
 from hf_dp.engines.tap import Recording
 from hf_dp.errors import ConfigurationError
@@ -248,6 +250,50 @@ def test_another_loss_is_compared_anew() -> None:
     book_kept(model, data(), engine=engine)
     with pytest.raises(ConfigurationError, match="batch mates"):
         book_kept(model, data(), weighted_by_the_batch, engine)
+
+
+class Weighted:
+    """A loss that one setting makes a mean over the batch."""
+
+    def __init__(self, share: float) -> None:
+        self.share = share
+
+    def __call__(self, model: nn.Module, inputs: Batch) -> Tensor:
+        losses = squares(model, inputs)
+        found: Tensor = losses / (1 + self.share * (losses.detach().mean() - 1))
+        return found
+
+
+def closed_over(share: float) -> ExampleLoss:
+    return lambda model, inputs: Weighted(share)(model, inputs)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [Weighted, closed_over, lambda share: functools.partial(weighted, share=share)],
+    ids=["object", "closure", "partial"],
+)
+def test_another_setting_of_a_loss_is_compared_anew(make: Any) -> None:
+    model, engine = Net(), BookKeepingEngine()
+    book_kept(model, data(), make(0.0), engine)
+    with pytest.raises(ConfigurationError, match="batch mates"):
+        book_kept(model, data(), make(1.0), engine)
+    book_kept(model, data(), make(0.0), engine)  # and the harmless one is not refused with it
+
+
+def weighted(model: nn.Module, inputs: Batch, share: float) -> Tensor:
+    return Weighted(share)(model, inputs)
+
+
+def test_a_loss_that_is_made_anew_at_each_step_is_compared_a_few_times(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compared: list[int] = []
+    monkeypatch.setattr(settle, "check_mates", lambda *_: compared.append(1))
+    model, engine = Net(), BookKeepingEngine()
+    for step in range(40):
+        book_kept(model, data(), lambda m, b, step=step: squares(m, b) + step, engine)
+    assert 1 <= len(compared) <= 18
 
 
 def test_what_was_refused_stays_refused() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
+import random
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -88,6 +90,45 @@ def test_the_collators_of_transformers_mix_nothing(tmp_path: Path) -> None:
     refuse_mixing(
         DataCollatorForLanguageModeling(tokenizer, whole_word_mask=True, **options), plain
     )
+
+
+class Pair(NamedTuple):
+    pixel_values: Tensor
+    labels: int
+
+
+@pytest.mark.parametrize("kind", [tuple, list, Pair._make])
+def test_pairs_are_mixed_item_by_item(kind: Any) -> None:
+    """What torchvision's datasets give, with the usual recipe for mixup."""
+
+    def mixed(items: list[Any]) -> dict[str, Tensor]:
+        assert len(items) % 2 == 0
+        pictures, labels = torch.utils.data.default_collate(items)
+        return mixup(
+            [{"pixel_values": x, "labels": int(y)} for x, y in zip(pictures, labels, strict=True)]
+        )
+
+    with pytest.raises(ConfigurationError, match="one example each"):
+        refuse_mixing(mixed, kind((torch.rand(3, 4, 4), 1)))
+
+
+def reordered(items: list[Any]) -> dict[str, Tensor]:
+    random.shuffle(items)
+    x, y = stacked(items)
+    return {"pixel_values": x, "labels": y, "padded": torch.ones(len(x), 3).bool()}
+
+
+def of_sparse(items: list[Any]) -> dict[str, Tensor]:
+    return {"x": torch.stack([item["x"] for item in items])}
+
+
+def test_what_cannot_be_tried_or_is_only_reordered_passes() -> None:
+    refuse_mixing(reordered, PICTURE)
+    refuse_mixing(of_sparse, {"x": torch.eye(3).to_sparse()})
+    refuse_mixing(lambda items: items, PICTURE)
+    kept = collections.deque([1, 2, 3])
+    refuse_mixing(lambda items: {"x": torch.tensor([list(i["x"]) for i in items])}, {"x": kept})
+    assert list(kept) == [1, 2, 3]
 
 
 def test_a_trainer_refuses_to_mix(tmp_path: Path) -> None:
