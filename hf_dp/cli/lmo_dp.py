@@ -85,13 +85,17 @@ _HOLDS = (
 
 
 def _example(task: str, totals: Sequence[Total]) -> Iterable[str]:
+    from hf_dp.accounting.shown import rounded_down, rounded_up
+
     for row in totals[:1]:
-        sampled, accounted = (one.high_dimension_limit for one in row.holds)
+        proven = " / ".join(rounded_up(one.epsilon_all_coordinates, digits=2) for one in row.holds)
+        limits = " / ".join(rounded_down(one.high_dimension_limit, digits=2) for one in row.holds)
+        gaussian = rounded_up(row.epsilon_of_matched_gaussian, digits=2)
         yield (
             f"{task}, set {row.name}: label {row.as_published_total_label:.2f} at delta = {row.delta:g}; our "
-            f"accounting gives {sampled:.2g} with the released sampler and {accounted:.2g} with the "
-            f"accountant's reading, in the limit of many parameters; the Gaussian that the label is "
-            f"about has epsilon {row.epsilon_of_matched_gaussian:.2g}."
+            f"accounting proves epsilon {proven} for all parameters, with the released sampler / with the "
+            f"accountant's reading, and with many parameters the true one is not below {limits}; the "
+            f"Gaussian that the label is about has epsilon {gaussian}."
         )
 
 

@@ -8,8 +8,8 @@ from types import FunctionType, MethodType
 from typing import Any
 
 _DEPTH = 5
-_NAMES = (bool, str, type(None), type)
-_NUMBERS = (int, float)
+_KINDS = (bool, type(None), type)
+_VALUES = (int, float, str)
 
 
 def loss_key(loss: Any, *, numbers: bool) -> Hashable:
@@ -20,16 +20,16 @@ def loss_key(loss: Any, *, numbers: bool) -> Hashable:
 
     Args:
         loss: A function or a callable object.
-        numbers: Whether settings that are numbers count. One that is new at every step, a counter, say,
-            would make every step's loss a new one.
+        numbers: Whether settings that are numbers or words count. One that is new at every step, a
+            counter, say, would make every step's loss a new one.
     """
     return _key(loss, numbers, _DEPTH)
 
 
 def _key(value: Any, numbers: bool, depth: int) -> Hashable:
-    if isinstance(value, _NAMES):
+    if isinstance(value, _KINDS):
         return value
-    if isinstance(value, _NUMBERS):
+    if isinstance(value, _VALUES):
         return value if numbers else type(value).__qualname__
     if depth == 0:
         return (type(value),)
