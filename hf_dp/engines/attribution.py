@@ -34,6 +34,9 @@ from hf_dp.layers.factors import wide
 Backward = Callable[[Tensor, Callable[[Call], None]], None]
 """``backward(losses, on_call)`` runs a backward pass over one graph, as often as it is called."""
 
+_Noted = tuple[Tensor, Tensor]
+"""Random sums of rows, ``(B, R, sums)``, and the rows' lengths, ``(B, R, 1)``."""
+
 _SUMS = 4  # random sums of a row; all of them miss a difference of its size once in 1e8 times
 _LEVELS, _FEW_LEVELS = 64, 4  # powers of two in one pass; float16 overflows early
 _EPSILONS = 32  # tolerance, for kernels that do not repeat their sums' order
@@ -82,87 +85,92 @@ def prove(record: Recording, losses: Tensor, *, hidden: bool) -> bool:
 
 def compare(backward: Backward, losses: Tensor, *, hidden: bool) -> bool:
     """As `prove`, for whatever calls a backward pass hands over."""
-    units = len(losses)
-    if units == 1 or not losses.requires_grad:
+    if len(losses) == 1 or not losses.requires_grad:
         return True
-    proof = _Proof(units, _coarsest(losses))
+    proof = Proof(backward, losses)
     backward(losses, proof.note)
-    for weights in _weights(units, losses):
-        found: dict[int, list[Tensor | None]] = {}
-        scale = wide(weights)[:, None, None]
-        backward(losses * weights, functools.partial(proof.see, found))
-        proof.compare(found, scale)
-    return proof.verdict(torch.isfinite(losses.detach()), hidden=hidden)
+    return proof.verdict(hidden=hidden)
 
 
-class _Proof:
-    """Random sums of the rows of every gradient, and what was wrong with them."""
+class Proof:
+    """Random sums of the rows of every gradient in several passes over one graph, and what they show."""
 
-    def __init__(self, units: int, dtype: torch.dtype) -> None:
-        self.units = units
-        epsilon, tiny = torch.finfo(dtype).eps, torch.finfo(dtype).tiny
+    def __init__(self, backward: Backward, losses: Tensor) -> None:
+        """Run the passes in which each example's loss has a weight of its own.
+
+        Args:
+            backward: Keeps the graph.
+            losses: ``(B,)``, as the pass that `note` sees has them, with their graph.
+        """
+        self.units = len(losses)
+        epsilon, tiny = (getattr(torch.finfo(_coarsest(losses)), n) for n in ("eps", "tiny"))
         self._tolerance = min(_EPSILONS * epsilon, _MOST)
         self._floor = tiny**0.8  # below it numbers underflow on the way
+        self._finite = torch.isfinite(losses.detach())
         self._vectors: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
-        self._calls: dict[int, tuple[TapPoint, list[Tensor | None], list[Tensor | None]]] = {}
-        self._points: list[TapPoint] = []
-        self._mixed: list[Tensor] = []  # 0-d, for each of the points
-        self._hidden: list[Tensor] = []  # (B,)
+        self._points: dict[int, TapPoint] = {}  # by call
+        self._noted: dict[int, list[_Noted | None]] = {}
+        self._found: list[tuple[Tensor, dict[int, list[Tensor | None]]]] = []
+        for weights in _weights(self.units, losses):
+            found: dict[int, list[Tensor | None]] = {}
+            self._found.append((wide(weights)[:, None, None], found))
+            backward(losses * weights, functools.partial(self._see, found))
 
     def note(self, call: Call) -> None:
-        """The gradients of a call in the pass with weights of one."""
-        sums, lengths = [], []
-        for rows in self._rows(call):
-            sums.append(None if rows is None else self._sums(rows))
-            lengths.append(None if rows is None else _length(rows))
-        self._calls[call.key] = (call.point, sums, lengths)
+        """The gradients of a call in the pass in which all losses have the weight one."""
+        self._points[call.key] = call.point
+        self._noted[call.key] = [
+            None if rows is None else (self._sums(rows), _length(rows)) for rows in self._rows(call)
+        ]
 
-    def see(self, found: dict[int, list[Tensor | None]], call: Call) -> None:
-        """The gradients of the same call in another pass."""
-        sums = [None if rows is None else self._sums(rows) for rows in self._rows(call)]
-        self._calls.setdefault(call.key, (call.point, [None] * len(sums), [None] * len(sums)))
-        found[call.key] = sums
-
-    def compare(self, found: dict[int, list[Tensor | None]], scale: Tensor) -> None:
-        """Whether all that was found is `scale`, ``(B, 1, 1)``, times what was noted."""
-        for key, (point, sums, lengths) in self._calls.items():
-            others = found.get(key, [None] * len(sums))
-            for one, length, other in zip(sums, lengths, others, strict=True):
-                if one is None and other is None:
-                    continue
-                self._compare(point, one, length, None if other is None else other / scale)
-
-    def _compare(
-        self, point: TapPoint, one: Tensor | None, length: Tensor | None, other: Tensor | None
-    ) -> None:
-        given = one if one is not None else other
-        assert given is not None
-        gap = (0 if one is None else one) - (torch.zeros_like(given) if other is None else other)
-        seen = torch.isfinite(gap)
-        allowed = self._floor if length is None else length * self._tolerance + self._floor
-        self._points.append(point)
-        self._mixed.append((seen & (gap.abs() > allowed)).any())
-        self._hidden.append(~seen.flatten(1).all(1))
-
-    def verdict(self, finite: Tensor, *, hidden: bool) -> bool:
-        """Whether all is proved, given which losses, ``(B,)``, are finite.
+    def verdict(self, *, hidden: bool) -> bool:
+        """Whether all is proved.
 
         Raises:
             MixedRowsError: Some row is not of the example in its place.
-            UnprovedError: `hidden`, and some row does not show whose it is.
+            UnprovedError: `hidden`, and some row of an example whose loss is finite does not show whose
+                it is.
         """
-        if not self._points:
+        gaps = list(self._gaps())
+        if not gaps:
             return True
-        device = finite.device
-        mixed = torch.stack([flag.to(device) for flag in self._mixed])
+        device = self._finite.device
+        mixed = torch.stack([flag.to(device) for _, flag, _ in gaps])
         if bool(mixed.any()):
-            raise MixedRowsError(self._points[int(mixed.nonzero()[0])])
-        unseen = torch.stack([flags.to(device) for flags in self._hidden]).any(0)
-        if not bool((unseen & finite).any()):  # others add nothing, whatever their gradient
+            raise MixedRowsError(gaps[int(mixed.nonzero()[0])][0])
+        unseen = torch.stack([flags.to(device) for _, _, flags in gaps]).any(0)
+        if not bool((unseen & self._finite).any()):  # others add nothing, whatever their gradient
             return not bool(unseen.any())
         if hidden:
             raise UnprovedError
         return False
+
+    def _see(self, found: dict[int, list[Tensor | None]], call: Call) -> None:
+        self._points[call.key] = call.point
+        found[call.key] = [None if rows is None else self._sums(rows) for rows in self._rows(call)]
+
+    def _gaps(self) -> Iterator[tuple[TapPoint, Tensor, Tensor]]:
+        """By gradient and pass: whether a row is mixed, and which examples' rows, ``(B,)``, show nothing."""
+        for scale, found in self._found:
+            for key, point in self._points.items():
+                here, there = self._noted.get(key), found.get(key)
+                count = len(here or there or ())
+                for noted, other in zip(
+                    here or [None] * count, there or [None] * count, strict=True
+                ):
+                    if noted is not None or other is not None:
+                        yield point, *self._gap(noted, None if other is None else other / scale)
+
+    def _gap(self, noted: _Noted | None, other: Tensor | None) -> tuple[Tensor, Tensor]:
+        if noted is None:
+            assert other is not None
+            gap, allowed = other, other.new_tensor(self._floor)
+        else:
+            sums, length = noted
+            gap = sums if other is None else sums - other
+            allowed = length * self._tolerance + self._floor
+        seen = torch.isfinite(gap)
+        return (seen & (gap.abs() > allowed)).any(), ~seen.flatten(1).all(1)
 
     def _rows(self, call: Call) -> Iterator[Tensor | None]:
         """Each gradient as ``(B, R, width)``; None where there is none, or no axis of examples."""

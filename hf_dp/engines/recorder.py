@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -11,10 +12,10 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 from hf_dp.engines.attach import recording
-from hf_dp.engines.attribution import prove
+from hf_dp.engines.attribution import Proof
 from hf_dp.engines.base import ExampleLoss, checked_losses
-from hf_dp.engines.by_content import Graph, hooks_on_gradients
-from hf_dp.engines.coverage import Coverage, NotTappableError, coverage_of
+from hf_dp.engines.by_content import Graph, Kinds, hooks_on_gradients
+from hf_dp.engines.coverage import Coverage, coverage_of
 from hf_dp.engines.familiar import is_from_library, still_familiar
 from hf_dp.engines.own_losses import watched
 from hf_dp.engines.owners import Owners
@@ -68,20 +69,25 @@ class Recorder:
             owners: Which examples make a unit; None if each is one.
 
         Raises:
+            NotTappableError: The examples are not where those of the first micro-batch were; the backward
+                pass may find that, too. `look_again` may help.
             UncoveredParameterError: Some gradient cannot be told apart by example.
         """
         coverage = self._settled(model, inputs, example_loss)
-        with contextlib.ExitStack() as stack:
-            try:
-                passed = _run(stack, coverage, model, inputs, example_loss, owners)
-            except NotTappableError:  # not as the first examples were
-                if is_sharded(model):
-                    raise  # the other ranks do not run it again
-                stack.close()
-                coverage.proved.clear()
-                settle(model, inputs, coverage, example_loss, deep=True)
-                passed = _run(stack, coverage, model, inputs, example_loss, owners)
-            yield passed
+        with recording(coverage, batch_size(inputs)) as record:
+            yield _run(record, coverage, model, inputs, example_loss, owners)
+
+    def look_again(
+        self, model: nn.Module, inputs: Mapping[str, Any], example_loss: ExampleLoss
+    ) -> None:
+        """Look at every example of a micro-batch that is not as the first examples were.
+
+        Raises:
+            UncoveredParameterError: Some gradient cannot be told apart by example.
+        """
+        coverage = self.coverage(model)
+        coverage.proved.clear()
+        settle(model, inputs, coverage, example_loss, deep=True)
 
     def _settled(
         self, model: nn.Module, inputs: Mapping[str, Any], example_loss: ExampleLoss
@@ -101,45 +107,26 @@ class Recorder:
 
 
 def _run(
-    stack: contextlib.ExitStack,
+    record: Recording,
     coverage: Coverage,
     model: nn.Module,
     inputs: Mapping[str, Any],
     example_loss: ExampleLoss,
     owners: Owners | None,
 ) -> Pass:
-    num_units = batch_size(inputs)
-    record = stack.enter_context(recording(coverage, num_units))
+    num_units = record.num_units
     with hooks_on_gradients() as hooks, watched(model) as outputs:
         losses = checked_losses(example_loss(model, inputs), num_units)
     with record.noting():
         check_folds(record, inputs, num_units)
     record.tell()
+    passed = Pass(coverage, record, losses, owners)
     if num_units > 1 and losses.requires_grad:
         strange = bool(hooks) or not (coverage.familiar and still_familiar(model))
         if not (strange or is_from_library(example_loss)):
             strange = not outputs.prove(losses)
-        _prove(coverage, record, losses, strange=strange)
-    return Pass(coverage, record, losses, owners)
-
-
-def _prove(coverage: Coverage, record: Recording, losses: Tensor, *, strange: bool) -> None:
-    """Prove whose row is whose: once for a kind of graph, always where code or content may arrange them."""
-    always, kinds = strange, None
-    if not strange:
-        graph = Graph(losses, record.num_units, coverage.twins)
-        coverage.untold = coverage.untold or not graph.known
-        always, kinds = graph.by_content, graph.kinds
-    if not record.ranks.any(always or kinds not in coverage.proved):
-        return
-    with record.noting():
-        try:
-            if prove(record, losses, hidden=always) and kinds is not None:
-                coverage.proved.add(kinds)
-        except UsedOutsideError:
-            coverage.settled = False  # the next micro-batch is looked at anew
-            raise
-    record.tell()
+        passed.prepare_proof(losses, strange=strange)
+    return passed
 
 
 class Pass:
@@ -163,6 +150,28 @@ class Pass:
         self._record = record
         self._num_rows = len(rows)
         self._names = {id(p): name for name, p in coverage.parameters.items()}
+        self._proof: Proof | None = None
+        self._content = False
+        self._kinds: Kinds | None = None
+
+    def prepare_proof(self, losses: Tensor, *, strange: bool) -> None:
+        """Let the backward pass prove whose row is whose, unless that is known of such a graph.
+
+        It is proved once for a kind of graph, and always where code or content may arrange the rows.
+
+        Args:
+            losses: ``(B,)``, with their graph.
+            strange: Whether code is involved of which nothing is known.
+        """
+        coverage, record = self._coverage, self._record
+        self._content, self._kinds = strange, None
+        if not strange:
+            graph = Graph(losses, record.num_units, coverage.twins)
+            coverage.untold = coverage.untold or not graph.known
+            self._content, self._kinds = graph.by_content, graph.kinds
+        if record.ranks.any(self._content or self._kinds not in coverage.proved):
+            backward = functools.partial(self._backward, again=True)
+            self._proof = Proof(backward, self._with_graph)
 
     @property
     def recomputed(self) -> bool:
@@ -182,13 +191,19 @@ class Pass:
             again: Keep the graph, for one more backward pass with the same dropout masks.
 
         Raises:
+            MixedRowsError: Rows belong to other examples than their place says; what was handed over is
+                void.
+            UnprovedError: That cannot be seen.
             UncoveredParameterError: Some gradient cannot be told apart by example.
         """
         parts: dict[str, list[Factor]] = defaultdict(list)
         left = self._record.uses.copy()
         waiting = Waiting(self._record.uses if on_group is not None else {})
+        proof, self._proof = self._proof, None
 
         def add(call: Call) -> None:
+            if proof is not None:
+                proof.note(call)
             if waiting.takes(call):
                 self._count_down(call, left)
                 return
@@ -201,16 +216,27 @@ class Pass:
         def complete(name: str) -> None:
             on_factor(name, combine(parts.pop(name)))
 
-        try:
-            self._record.backward(self._with_graph, add, again=again)
-        except UsedOutsideError:
-            self._coverage.settled = False  # the next micro-batch is looked at anew
-            raise
+        self._backward(self._with_graph, add, again=again)
+        if proof is not None:
+            self._judge(proof)
         with full_precision(self.losses.device):
             for name in list(parts):  # not every call reached the losses
                 complete(name)
             if on_group is not None:
                 self._answer_waiting(waiting, on_factor, on_group)
+
+    def _backward(self, losses: Tensor, on_call: Callable[[Call], None], *, again: bool) -> None:
+        try:
+            self._record.backward(losses, on_call, again=again)
+        except UsedOutsideError:
+            self._coverage.settled = False  # the next micro-batch is looked at anew
+            raise
+
+    def _judge(self, proof: Proof) -> None:
+        with self._record.noting():
+            if proof.verdict(hidden=self._content) and self._kinds is not None:
+                self._coverage.proved.add(self._kinds)
+        self._record.tell()
 
     def _answer_waiting(self, waiting: Waiting, on_factor: OnFactor, on_group: OnGroup) -> None:
         for found in waiting.alike():

@@ -15,6 +15,7 @@ from hf_dp.clipping.base import ClippingPolicy
 from hf_dp.clipping.loss import LossRelease
 from hf_dp.engines.attribution import UnprovedError
 from hf_dp.engines.base import ExampleLoss, GradientEngine, empty_sum, trainable_parameters
+from hf_dp.engines.coverage import NotTappableError
 from hf_dp.engines.owners import Owners, checked_owners
 from hf_dp.engines.recorder import Recorder
 from hf_dp.engines.rows import batch_size
@@ -72,12 +73,20 @@ class VectorisedEngine(GradientEngine):
         if (batch_size(inputs) if owners is None else owners.num_units) > fit:
             parts = (summed_by(self, *part) for part in cut(inputs, owners, fit))
             return functools.reduce(operator.add, parts)
-        with contextlib.suppress(UnprovedError, UnrepeatedError):
+
+        def at_once() -> ClippedSum:
             summed, dropped = self._clipped_sum(
                 model, inputs, example_loss, clipping, loss_release, owners
             )
             again = functools.partial(summed_by, self)
             return without_dropped(summed, inputs, owners, again) if dropped else summed
+
+        with contextlib.suppress(UnprovedError, UnrepeatedError):
+            # the other ranks of a sharded model do not run it again
+            with contextlib.suppress(*() if is_sharded(model) else (NotTappableError,)):
+                return at_once()
+            self.recorder.look_again(model, inputs, example_loss)
+            return at_once()
         return summed_by(SequentialEngine(), inputs, owners)
 
     def _fit(self, model: nn.Module, clipping: ClippingPolicy) -> int:
@@ -108,6 +117,7 @@ class VectorisedEngine(GradientEngine):
         """The sum over at least one unit, and whether to run the others without units that were dropped.
 
         Raises:
+            NotTappableError: The examples are not where those of the first micro-batch were.
             UnprovedError: It is not known which rows are whose.
             UnrepeatedError: A module did not do the same again.
         """

@@ -17,7 +17,6 @@ from hf_dp.engines import (
     BookKeepingEngine,
     GradientEngine,
     TwoPassEngine,
-    attribution,
     engine_named,
     recorder,
 )
@@ -195,7 +194,7 @@ def test_without_the_proof_rows_are_credited_to_others(
     kind: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Planted: nobody proves anything. Then a later batch's sum is wrong."""
-    monkeypatch.setattr("hf_dp.engines.recorder.prove", lambda *_, **__: True)
+    monkeypatch.setattr("hf_dp.engines.recorder.Proof.verdict", lambda *_, **__: True)
     engine, model = BookKeepingEngine(), kind()
     with pytest.raises(AssertionError):
         check_all(engine, model, losses, LATER[:2])
@@ -239,9 +238,10 @@ def test_a_graph_that_showed_nothing_is_proved_at_the_next_micro_batch(
     """Only gradients that are finite for all show whose they are."""
     proofs: list[bool] = []
 
-    def noted(*args: Any, **kwargs: Any) -> bool:
-        proofs.append(attribution.prove(*args, **kwargs))
-        return proofs[-1]
+    class Noted(recorder.Proof):
+        def verdict(self, *, hidden: bool) -> bool:
+            proofs.append(super().verdict(hidden=hidden))
+            return proofs[-1]
 
     def rooted(model: nn.Module, inputs: Batch) -> Tensor:
         return (
@@ -249,7 +249,7 @@ def test_a_graph_that_showed_nothing_is_proved_at_the_next_micro_batch(
             + (model(inputs["x"])[:, 0] * 0 + inputs["x"][:, 0]).sqrt()
         )
 
-    monkeypatch.setattr(recorder, "prove", noted)
+    monkeypatch.setattr(recorder, "Proof", Noted)
     model, engine = nn.Linear(3, 3).double(), BookKeepingEngine()
     good = {"x": torch.rand(4, 3).double() + 1}
     bad = {"x": good["x"] * torch.tensor([[0.0, 1, 1], [1, 1, 1], [1, 1, 1], [1, 1, 1]])}

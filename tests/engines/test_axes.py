@@ -221,7 +221,7 @@ def test_the_check_by_doubling_is_what_refuses(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr("hf_dp.engines.settle.establish_axes", believe)
     monkeypatch.setattr("hf_dp.engines.settle._trial", unchecked)
-    monkeypatch.setattr("hf_dp.engines.recorder.prove", lambda *_, **__: True)
+    monkeypatch.setattr("hf_dp.engines.recorder.Proof.verdict", lambda *_, **__: True)
     inputs = data(rows=3)  # as many examples as positions
     found = book_kept(PositionsFirst(), inputs)
     with pytest.raises(AssertionError):
@@ -237,7 +237,7 @@ def test_the_check_of_the_order_is_what_finds_sorted_examples(
         inputs["x"][index, index + 1 :] = 0
     monkeypatch.setattr("hf_dp.engines.axes.in_order", lambda *_: True)
     monkeypatch.setattr("hf_dp.engines.settle.prove", lambda *_, **__: True)
-    monkeypatch.setattr("hf_dp.engines.recorder.prove", lambda *_, **__: True)
+    monkeypatch.setattr("hf_dp.engines.recorder.Proof.verdict", lambda *_, **__: True)
     found = book_kept(SortedByLength(), inputs)
     with pytest.raises(AssertionError):
         assert_same_sum(found, naive(SortedByLength(), inputs, C, squares), 1e-3)

@@ -250,12 +250,12 @@ def test_a_loss_of_one_s_own_leaves_a_familiar_model_unproved(
     """The rows of its outputs show enough: no further pass goes through the model."""
     proofs: list[int] = []
 
-    def noted(*args: Any, **kwargs: Any) -> bool:
-        proofs.append(1)
-        return prove(*args, **kwargs)
+    class Noted(recorder.Proof):
+        def __init__(self, *args: Any) -> None:
+            proofs.append(1)
+            super().__init__(*args)
 
-    prove = recorder.prove
-    monkeypatch.setattr(recorder, "prove", noted)
+    monkeypatch.setattr(recorder, "Proof", Noted)
     model, engine = nn.Sequential(nn.Linear(4, 4), nn.Tanh()), BookKeepingEngine()
     for _ in range(3):
         engine.clipped_sum(

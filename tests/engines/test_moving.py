@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from hf_dp.clipping import FlatClipping
 from hf_dp.engines import AutomaticEngine, BookKeepingEngine, by_content, moving
+from hf_dp.engines.attribution import Proof
 from hf_dp.engines.by_content import Graph, Twins
 from hf_dp.engines.moving import is_moving
 from hf_dp.errors import UncoveredParameterError
@@ -158,11 +159,12 @@ def test_no_family_is_proved_more_than_once(family: str, monkeypatch: pytest.Mon
     """Batches as large as heads, widths or positions."""
     asked: list[bool] = []
 
-    def prove(*_: Any, hidden: bool) -> bool:
-        asked.append(hidden)
-        return True
+    class Noted(Proof):
+        def verdict(self, *, hidden: bool) -> bool:
+            asked.append(hidden)
+            return super().verdict(hidden=hidden)
 
-    monkeypatch.setattr("hf_dp.engines.recorder.prove", prove)
+    monkeypatch.setattr("hf_dp.engines.recorder.Proof", Noted)
     engine, model = BookKeepingEngine(), build(family)
     for rows in (4, 2, 8, 9):
         engine.clipped_sum(
