@@ -22,6 +22,7 @@ LONGEST = 350
 
 FLOORS = {
     "_version": 0,
+    "cache_folder": 0,
     "errors": 0,
     "_validate": 0.5,  # words its messages with errors
     "scale_law": 1,

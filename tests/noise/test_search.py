@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from searches import searched, spent
 
-from hf_dp.accounting import accountant_named
 from hf_dp.accounting.pld import PLDAccountant
 from hf_dp.errors import ConfigurationError, PrivacyError
 from hf_dp.events import (
     Gaussian,
     NeighboringRelation,
-    PoissonSampled,
     PrivacyEvent,
     SelfComposed,
     Shuffled,
@@ -25,49 +21,10 @@ from hf_dp.events import (
 from hf_dp.noise import GaussianNoise, LaplaceNoise, ScaleMixtureNoise
 from hf_dp.noise.candidates import FAMILIES
 from hf_dp.noise.figures import Figures, law_of
-from hf_dp.noise.search import BUDGET, NoiseSearch, search_noise
-from hf_dp.noise.search_cache import SearchCache, cache_folder
+from hf_dp.noise.search import BUDGET, search_noise
 from hf_dp.noise.shapes import HOPELESS, LEAST, MOST, STARTS, best_shape, law_at
 from hf_dp.noise.why import value_of
 from hf_dp.scale_law import ScaleLaw
-
-FEW = 7  # and two coordinates where it does not matter: their mixtures take milliseconds
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_DP_CACHE", str(tmp_path / "cache"))
-
-
-def sampled(probability: float) -> Callable[[PrivacyEvent], PrivacyEvent]:
-    return lambda event: PoissonSampled(probability, event)
-
-
-def searched(
-    epsilon: float = 1.0,
-    delta: float = 1e-5,
-    probability: float = 1.0,
-    num_steps: int = 1,
-    **more: Any,
-) -> NoiseSearch:
-    asked = {"norm": "l1", "dimension": 2, "budget": FEW, "accountant": PLDAccountant()} | more
-    return search_noise(
-        target_epsilon=epsilon,
-        target_delta=delta,
-        step=sampled(probability),
-        num_steps=num_steps,
-        **asked,
-    )
-
-
-def spent(found: NoiseSearch, probability: float, family: str) -> float:
-    """Epsilon of a candidate, from its mechanism and nothing else that the search says."""
-    candidate = found.of(family)  # type: ignore[arg-type]
-    assert candidate is not None
-    asked = found.question
-    event = SelfComposed(sampled(probability)(candidate.mechanism.event()), asked.num_steps)
-    return accountant_named("pld").guarantee(event, delta=asked.target_delta).epsilon
-
 
 REGIMES = [
     (1.0, 1e-5, 1.0, 1, {"dimension": 1}),
@@ -258,81 +215,6 @@ def test_progress_ends_at_what_was_planned() -> None:
     )
     assert far.shapes_tried == len(STARTS)
     assert seen[-1] == (40, 40)
-
-
-def test_a_kept_answer_equals_a_fresh_one() -> None:
-    fresh = searched(3.0)
-    kept = searched(3.0)
-    assert (fresh.from_cache, kept.from_cache) == (False, True)
-    assert kept.candidates == fresh.candidates
-    assert searched(3.0, cached=False).candidates == fresh.candidates
-    assert not searched(3.0, cached=False).from_cache
-    for other in ({"epsilon": 2.9}, {"dimension": 3}, {"budget": 5}, {"objective": "entropy"}):
-        assert not searched(**({"epsilon": 3.0} | other)).from_cache
-
-
-def test_another_version_asks_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    searched()
-    monkeypatch.setattr("hf_dp.noise.search_cache.__version__", "0.0.0")
-    assert not searched().from_cache
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"key": "k"}', "\x00", '{"law": {"a": 1}}'])
-def test_a_corrupt_cache_is_ignored_and_rewritten(text: str) -> None:
-    fresh = searched()
-    (kept,) = (cache_folder() / "noise_search").glob("*")
-    before = kept.read_text("utf-8")
-    kept.write_text(text, "utf-8")
-    again = searched()
-    assert not again.from_cache
-    assert again.candidates == fresh.candidates
-    assert kept.read_text("utf-8") == before
-    assert [path.suffix for path in kept.parent.iterdir()] == [".json"]
-
-
-def test_a_planted_shape_is_certified_like_any_other() -> None:
-    searched()
-    (kept,) = (cache_folder() / "noise_search").glob("*")
-    planted = json.loads(kept.read_text("utf-8"))
-    planted["law"] = {"gamma_shape": 3.0, "gamma_scale": 50.0}
-    kept.write_text(json.dumps(planted), "utf-8")
-    found = searched()
-    assert found.from_cache
-    mixture = found.of("lmo")
-    assert mixture is not None
-    assert isinstance(mixture.mechanism, ScaleMixtureNoise)
-    assert mixture.mechanism.law.gamma_shape == 3.0
-    assert spent(found, 1.0, "lmo") == mixture.epsilon <= 1.0
-
-
-def test_a_folder_that_cannot_be_written_to_is_done_without(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("HF_DP_CACHE", str(tmp_path / "file"))
-    assert not searched().from_cache
-    assert not searched().from_cache
-
-
-@pytest.mark.parametrize(
-    ("platform", "variables", "expected"),
-    [
-        ("linux", {"XDG_CACHE_HOME": "/x"}, "/x/hf_dp"),
-        ("linux", {"XDG_CACHE_HOME": ""}, ".cache/hf_dp"),
-        ("darwin", {}, "Library/Caches/hf_dp"),
-        ("win32", {"LOCALAPPDATA": "/local"}, "/local/hf_dp"),
-        ("linux", {"HF_DP_CACHE": "/own"}, "/own"),
-    ],
-)
-def test_the_cache_is_where_the_platform_keeps_caches(
-    platform: str, variables: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("HF_DP_CACHE")
-    monkeypatch.setattr("sys.platform", platform)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    assert str(cache_folder()).endswith(expected)
-    assert SearchCache(Path("/a")).folder == Path("/a/noise_search")
 
 
 def test_figures_agree_with_draws() -> None:
