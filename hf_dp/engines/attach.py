@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from weakref import WeakSet
 
@@ -11,6 +12,7 @@ from torch import nn
 
 from hf_dp.engines.coverage import Coverage
 from hf_dp.engines.formula_tap import FormulaTap
+from hf_dp.engines.rows import tensors_in
 from hf_dp.engines.sharded import Ranks
 from hf_dp.engines.tap import PointTap, Recording, set_requires_grad
 from hf_dp.engines.whole_tap import WholeTap
@@ -44,7 +46,22 @@ def recording(coverage: Coverage, num_units: int) -> Iterator[Recording]:
                 record.held += point.parameters
             kind: type[PointTap] = FormulaTap if point.rule is not None else WholeTap
             kind(record, point, coverage).attach(stack)
+        for module in coverage.apart:  # behind the taps
+            around = functools.partial(_note_way_around, record)
+            stack.enter_context(module.register_forward_hook(around, with_kwargs=True))
         yield record
+
+
+def _note_way_around(
+    record: Recording, module: nn.Module, args: object, kwargs: object, output: object
+) -> None:
+    """A forward hook."""
+    if record.on_call is not None:
+        return  # a checkpoint, in a backward pass
+    before = [given.grad_fn for given in tensors_in((args, kwargs))]
+    for made in tensors_in(output):
+        if made.grad_fn is not None and made.grad_fn not in before:
+            record.around[made.grad_fn] = before
 
 
 def _is_checkpointed(module: nn.Module) -> bool:

@@ -4,14 +4,16 @@ Taps know where examples are from the first ones. That stays so unless an operat
 elsewhere: by a mask, by indices, sorted, cut and joined along the examples' axis at places that a loop
 found, or multiplied by a matrix of ones and zeros. Whatever moves gradients' rows stands in the graph,
 however it was called, inside modules that are run again for each example, too. What is computed without
-gradients does not matter. The walk is for code of known libraries (`familiar`): it judges node by node, and
-somebody's own code may hide a turn from it.
+gradients does not matter, nor what fused experts do inside, of which it is known that they keep tokens
+apart: a small twin showed it, and where they train, their outputs show it in every batch. The walk is for
+code of known libraries (`familiar`): it judges node by node, and somebody's own code may hide a turn.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -40,6 +42,8 @@ _KINDS: dict[type, tuple[bool, bool]] = {}
 _WATCHING = "torch.autograd.graph"  # hooks on several gradients together, which cannot change them
 
 Kinds = tuple[frozenset[type], tuple[tuple[tuple[int, ...], tuple[bool, ...]], ...]]
+WaysAround = Mapping[Any, Sequence[Any]]
+"""Node of a module's output -> nodes of all that it was given, where what is between keeps rows in place."""
 Free = tuple[bool, ...] | None  # of each axis; None if that is not known
 
 
@@ -54,7 +58,13 @@ class Graph:
         known: Whether twins were there that show which axes grow.
     """
 
-    def __init__(self, losses: Tensor, num_units: int, twins: Sequence[Twins] = ()) -> None:
+    def __init__(
+        self,
+        losses: Tensor,
+        num_units: int,
+        twins: Sequence[Twins] = (),
+        around: WaysAround = MappingProxyType({}),
+    ) -> None:
         """Walk the graph of `losses`, ``(B,)``.
 
         Args:
@@ -62,6 +72,7 @@ class Graph:
             num_units: B.
             twins: Pairs of graphs of the same model. One with the same nodes shows which axes grow with
                 the batch; without it, any axis that is long enough may have the examples.
+            around: What need not be looked into.
         """
         self.num_units = num_units
         seen = set()
@@ -69,7 +80,8 @@ class Graph:
         hiding: list[Any] = []
         straddling = False
         self._met: list[tuple[Shape, Shape]] = []  # what came out of a broadcast, and what went in
-        for node in _nodes(losses):
+        nodes = list(_nodes(losses, around))
+        for node in nodes:
             kind = type(node)
             seen.add(kind)
             if kind not in _KINDS:
@@ -86,7 +98,7 @@ class Graph:
         self._order = [type(node) for node in moving]
         self._shapes = [shapes_of(node) for node in moving]
         self.known = False
-        self.by_content, turns = straddling or _broadcast(losses, hiding), []
+        self.by_content, turns = straddling or _broadcast(nodes, hiding), []
         free, free_met = self._free(twins)
         for node, shapes, frees in zip(moving, self._shapes, free, strict=True):
             tensors = [self._sized(*pair) for pair in zip(shapes, frees, strict=True)]
@@ -165,7 +177,7 @@ def _broadcasts(node: Any) -> Iterator[tuple[Shape, Shape]]:
                 yield tuple(out), tuple(given)
 
 
-def _broadcast(losses: Tensor, hiding: list[Any]) -> bool:
+def _broadcast(nodes: Sequence[Any], hiding: list[Any]) -> bool:
     """Whether examples may meet because some of `hiding` have them off the first axis.
 
     A product of matrices does not repeat its operands; that is how an einsum is computed.
@@ -173,11 +185,11 @@ def _broadcast(losses: Tensor, hiding: list[Any]) -> bool:
     if not hiding:
         return False
     wanted = set(hiding)
-    users = {type(node).__name__ for node in _nodes(losses) if wanted & set(_before(node))}
+    users = {type(node).__name__ for node in nodes if wanted & set(_before(node))}
     return users != {"BmmBackward0"}
 
 
-def _nodes(losses: Tensor) -> Iterator[Any]:
+def _nodes(losses: Tensor, around: WaysAround) -> Iterator[Any]:
     start = losses.grad_fn
     seen, waiting = {start}, [start]
     while waiting:
@@ -185,7 +197,7 @@ def _nodes(losses: Tensor) -> Iterator[Any]:
         if node is None:
             continue
         yield node
-        for after in _before(node):
+        for after in around[node] if node in around else _before(node):
             if after not in seen:
                 seen.add(after)
                 waiting.append(after)

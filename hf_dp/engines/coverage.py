@@ -8,7 +8,7 @@ generic rule on the same module, then to the module above, and so on up to the m
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -30,6 +30,7 @@ from hf_dp.layers.recognise import (
     is_relative_bias_owner,
     recognise,
 )
+from hf_dp.layers.recognise_experts import keeps_tokens_apart
 
 _PLAIN = (int, float, complex, str, torch.dtype, type(None))
 State = tuple[tuple[Any, ...], tuple[Any, ...]]
@@ -134,6 +135,7 @@ class Coverage:
         looks: How often such a pair was sought.
         owners: The modules that own parameters, and what they do when they are called.
         familiar: Whether all of the model's code is that of known libraries.
+        apart: Modules that are known to keep tokens apart, wherever they send them inside.
         compared: The losses, by their code and the model's mode, with which examples among others were
             compared with the same alone.
         refused: Those with which they differed, and what was said then.
@@ -151,6 +153,7 @@ class Coverage:
     untold: bool = False
     looks: int = 0
     familiar: bool = False
+    apart: Sequence[nn.Module] = ()
     compared: set[Hashable] = field(default_factory=set)
     refused: dict[Hashable, str] = field(default_factory=dict)
     owners: list[tuple[Any, ...]] = field(init=False)
@@ -222,7 +225,7 @@ class Coverage:
     def _leave(self, point: TapPoint, parameters: Sequence[nn.Parameter]) -> None:
         left = tuple(p for p in point.parameters if not any(p is q for q in parameters))
         index = self.points.index(point)
-        self.points[index : index + 1] = [_with_parameters(point, left)] if left else []
+        self.points[index : index + 1] = [replace(point, parameters=left)] if left else []
 
     def _answer_at(self, place: str | None, parameters: Sequence[nn.Parameter], why: str) -> None:
         if place is None:
@@ -306,10 +309,6 @@ def _is_container(module: nn.Module) -> bool:
     return type(module).forward is nn.Module.forward and "forward" not in vars(module)
 
 
-def _with_parameters(point: TapPoint, parameters: tuple[nn.Parameter, ...]) -> TapPoint:
-    return TapPoint(point.name, point.module, point.rule, parameters, point.method, point.generic)
-
-
 def coverage_of(model: nn.Module, layer_rules: LayerRules) -> Coverage:
     """Tap every module with a formula; what they leave out is settled by running the model.
 
@@ -317,7 +316,9 @@ def coverage_of(model: nn.Module, layer_rules: LayerRules) -> Coverage:
     """
     parameters = trainable_parameters(model)
     points = list(_tap_points(model, layer_rules))
-    return Coverage(model, parameters=parameters, points=points, familiar=is_familiar(model))
+    familiar = is_familiar(model)
+    apart = [m for m in model.modules() if familiar and keeps_tokens_apart(m)]
+    return Coverage(model, parameters, points, familiar=familiar, apart=apart)
 
 
 def takes_folded(point: TapPoint) -> bool:

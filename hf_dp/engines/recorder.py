@@ -166,7 +166,7 @@ class Pass:
         coverage, record = self._coverage, self._record
         self._content, self._kinds = strange, None
         if not strange:
-            graph = Graph(losses, record.num_units, coverage.twins)
+            graph = Graph(losses, record.num_units, coverage.twins, record.around)
             coverage.untold = coverage.untold or not graph.known
             self._content, self._kinds = graph.by_content, graph.kinds
         if record.ranks.any(self._content or self._kinds not in coverage.proved):

@@ -141,12 +141,12 @@ def learn_what_grows(
     graphs = []
     for units in _TWINS:
         with (
-            recording(coverage, units),
+            recording(coverage, units) as record,
             contextlib.suppress(RuntimeError),  # such a batch may be unlike those that were tried
         ):
             few = select_rows(inputs, rows[:units])
             losses = checked_losses(example_loss(model, few), units)
-            graphs.append(Graph(losses, units))
+            graphs.append(Graph(losses, units, around=record.around))
     if len(graphs) == len(_TWINS) and graphs[0].is_like(graphs[1]):
         coverage.twins.append(Twins(*graphs))
 

@@ -77,6 +77,8 @@ class Recording:
         ranks: Those that run the model along: what one of them cannot do is told to all after a pass,
             which the others would wait for.
         failed: What that is on this rank.
+        around: The ways around the inside of modules that keep tokens apart: an output's node, and those
+            of all that the module was given.
     """
 
     parameters: Mapping[str, nn.Parameter]
@@ -94,6 +96,7 @@ class Recording:
     held: list[nn.Parameter] = field(default_factory=list)
     ranks: Ranks = field(default_factory=Ranks)
     failed: UncoveredParameterError | None = None
+    around: dict[Any, list[Any]] = field(default_factory=dict)
 
     @contextlib.contextmanager
     def noting(self) -> Iterator[None]:

@@ -29,6 +29,18 @@ def experts_of(module: nn.Module) -> Experts | None:
     return next((rule for rule in _candidates(module) if _is_right(module, rule)), None)
 
 
+def keeps_tokens_apart(module: nn.Module) -> bool:
+    """Whether `module` is fused experts that give each token among others what they give it alone.
+
+    Outputs and gradients of a small twin's tokens are compared with those of each token in a call of its
+    own.
+    """
+    rule = experts_of(module)
+    return rule is not None and any(
+        _keeps_apart(module, rule, dtype) for dtype in (torch.float64, torch.float32)
+    )
+
+
 def _own_gate(module: nn.Module, up: Tensor) -> Tensor:
     gated: Tensor = module._apply_gate(up)  # type: ignore[operator]
     return gated
@@ -86,19 +98,9 @@ def _is_right(module: nn.Module, rule: Experts) -> bool:
 
 
 def _agrees(module: nn.Module, rule: Experts, dtype: torch.dtype) -> bool:
-    generator = torch.Generator().manual_seed(0)  # a public check: nothing private is involved
-
-    def drawn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
-    units, tokens = 2, 5
-    count = len(module.get_parameter(rule.up.weight))
-    scores = torch.rand(units, tokens, max(1, min(count - 1, 5)), generator=generator)
-    index = scores.topk(min(2, scores.shape[2]), dim=-1).indices
-    hidden, grads = (drawn(units, tokens, _WIDTH) for _ in range(2))
-    # small and large, so that limits show
-    hidden = hidden * torch.logspace(-1, 1, units * tokens).view(units, tokens, 1).to(dtype)
-    weights = drawn(*index.shape)
+    drawn = _draws(dtype)
+    units = 2
+    hidden, index, weights, grads = _routed(module, rule, drawn, units)
     try:
         with torch.random.fork_rng(devices=[]):
             twin = _twin(module, rule, drawn)
@@ -118,6 +120,54 @@ def _agrees(module: nn.Module, rule: Experts, dtype: torch.dtype) -> bool:
     except Exception:  # foreign code, tried on a guess: it may fail in any way
         return False
     return True
+
+
+def _keeps_apart(module: nn.Module, rule: Experts, dtype: torch.dtype) -> bool:
+    drawn = _draws(dtype)
+    hidden, index, weights, grads = (
+        given.flatten(0, 1) for given in _routed(module, rule, drawn, 2)
+    )
+    hidden, weights = hidden.requires_grad_(), weights.requires_grad_()
+    try:
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            twin = _twin(module, rule, drawn)
+
+            def answer(tokens: slice) -> list[Tensor]:
+                output = twin.forward(hidden[tokens], index[tokens], weights[tokens])
+                found = torch.autograd.grad(output, [hidden, weights], grads[tokens])
+                return [output.detach(), *(grad[tokens] for grad in found)]
+
+            every = answer(slice(None))
+            each = [answer(slice(token, token + 1)) for token in range(len(hidden))]
+    except Exception:  # as above
+        return False
+    alone = (torch.cat(parts) for parts in zip(*each, strict=True))
+    gaps = [
+        ((one - other).abs().max(1), one.abs().amax(1))
+        for one, other in zip(every, alone, strict=True)
+    ]
+    return all(bool((gap.values <= _AGREEMENT * size).all()) for gap, size in gaps)
+
+
+def _draws(dtype: torch.dtype) -> Callable[..., Tensor]:
+    generator = torch.Generator().manual_seed(0)  # a public check: nothing private is involved
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    return drawn
+
+
+def _routed(
+    module: nn.Module, rule: Experts, drawn: Callable[..., Tensor], units: int, tokens: int = 5
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Tokens small and large, so that limits show; their experts, of which one gets none; and the rest."""
+    count = len(module.get_parameter(rule.up.weight))
+    scores = drawn(units, tokens, max(1, min(count - 1, 5)))
+    index = scores.topk(min(2, scores.shape[2]), dim=-1).indices
+    sizes = torch.logspace(-1, 1, units * tokens).view(units, tokens, 1)
+    hidden = drawn(units, tokens, _WIDTH)
+    return hidden * sizes.to(hidden), index, drawn(*index.shape), drawn(*hidden.shape)
 
 
 def _twin(module: nn.Module, rule: Experts, drawn: Callable[..., Tensor]) -> nn.Module:

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from hf_dp.clipping import FlatClipping
 from hf_dp.engines import BookKeepingEngine, TwoPassEngine
+from hf_dp.engines.attach import recording
+from hf_dp.engines.by_content import Graph
 from hf_dp.engines.explain import explain_engine
 from hf_dp.layers import experts
 from hf_dp.layers.factors import Factor
@@ -220,3 +222,49 @@ def test_a_call_of_another_kind_is_taken_one_by_one() -> None:
     found = engine.clipped_sum(model, data(), example_loss=of_rows, clipping=FlatClipping(C))
     assert_same_sum(found, naive(model, data(), C, of_rows), 1e-12)
     assert point.generic.forms == {"one by one"}
+
+
+class SortsBefore(Layers):
+    """Tokens go to the experts in an order of their own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, 1)
+        order = rows[:, 0].argsort()
+        weights, index = self.route(rows).softmax(-1).topk(2, dim=-1)
+        out = torch.zeros_like(rows)
+        out[order] = self.experts(rows[order], index[order], weights[order])
+        return out.view(x.shape).square().sum((1, 2))
+
+
+class SortsInside(Fused):
+    """Gives back sorted tokens, once there are many."""
+
+    def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        out = super().forward(x, index, weights)
+        return out if len(out) < 18 else out[out[:, 0].argsort()]
+
+
+@pytest.mark.usefixtures("taken_as_familiar")
+def test_what_sorts_tokens_around_experts_is_proved_on_every_batch() -> None:
+    for model, known in ((Layers(1), False), (SortsBefore(1), True)):
+        engine = BookKeepingEngine()
+        coverage = engine.recorder.coverage(model)
+        assert list(coverage.apart) == [model.experts]
+        for rows in (2, 3):
+            engine.clipped_sum(model, data(rows), example_loss=of_rows, clipping=FlatClipping(C))
+        with recording(coverage, 4) as record:
+            losses = of_rows(model, data(4))
+            assert Graph(losses, 4, coverage.twins, record.around).by_content == known
+            assert Graph(losses, 4, coverage.twins).by_content
+
+
+@pytest.mark.usefixtures("taken_as_familiar")
+def test_trained_experts_that_sort_in_later_batches_are_found_out_by_their_outputs() -> None:
+    """The small twin does not show it: the way around them rests on more than that."""
+    model, engine = Layers(1), BookKeepingEngine()
+    model.experts = SortsInside()
+    for rows in (2, 2, 5):
+        found = engine.clipped_sum(
+            model, data(rows), example_loss=of_rows, clipping=FlatClipping(C)
+        )
+        assert_same_sum(found, naive(model, data(rows), C, of_rows), 1e-12)

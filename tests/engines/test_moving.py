@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from adapter_zoo import adapted
 from engine_zoo import Batch, assert_same_sum, naive, own_losses
 from family_zoo import batch, build
 from torch import Tensor, nn
@@ -154,8 +155,14 @@ def test_a_twin_of_another_model_clears_nothing() -> None:
     assert not graph(halves_turned, D, twins_of(halves_turned)).by_content
 
 
-@pytest.mark.parametrize("family", ["phi", "falcon", "swin", "llama", "bert"])
-def test_no_family_is_proved_more_than_once(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+EXPERTS = ["mixtral", "qwen3-moe", "gpt-oss"]
+
+
+@pytest.mark.parametrize("make", [build, adapted])  # experts that train, and frozen ones
+@pytest.mark.parametrize("family", ["phi", "falcon", "swin", "llama", "bert", *EXPERTS])
+def test_no_family_is_proved_more_than_once(
+    family: str, make: Callable[[str], nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Batches as large as heads, widths or positions."""
     asked: list[bool] = []
 
@@ -165,7 +172,7 @@ def test_no_family_is_proved_more_than_once(family: str, monkeypatch: pytest.Mon
             return super().verdict(hidden=hidden)
 
     monkeypatch.setattr("hf_dp.engines.recorder.Proof", Noted)
-    engine, model = BookKeepingEngine(), build(family)
+    engine, model = BookKeepingEngine(), make(family)
     for rows in (4, 2, 8, 9):
         engine.clipped_sum(
             model,

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from hf_dp.layers import experts, routed
 from hf_dp.layers.experts import Experts
-from hf_dp.layers.recognise_experts import experts_of
+from hf_dp.layers.recognise_experts import experts_of, keeps_tokens_apart
 
 UNITS, TOKENS, EXPERTS, WIDTH, INNER = 3, 7, 4, 6, 5
 FAMILIES = {
@@ -127,6 +127,21 @@ class MixesTokens(Own):
         return super().gate(up - up.mean(0))
 
 
+class MixesMany(Own):
+    """As each unit of the check alone would not show."""
+
+    def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        return super().forward(x if len(x) < 8 else x - 1e-3 * x.mean(0), index, weights)
+
+
+class TurnsMany(Own):
+    """The same outputs, but gradients of others."""
+
+    def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        given = x if len(x) < 8 else x.detach() + x.flip(0) - x.flip(0).detach()
+        return super().forward(given, index, weights)
+
+
 def calls(seed: int = 1) -> tuple[Tensor, ...]:
     """Tokens, indices, weights, output gradients; the last expert gets none, unit 0 not the first."""
     generator = torch.Generator().manual_seed(seed)
@@ -183,7 +198,16 @@ def test_the_library_s_experts_are_found_and_answered_for(family: str) -> None:
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "nemotron_h"])
 def test_every_implementation_is_found(family: str, implementation: str) -> None:
-    assert experts_of(of_family(family, implementation)) is not None
+    module = of_family(family, implementation)
+    assert experts_of(module) is not None
+    assert keeps_tokens_apart(module)
+
+
+@pytest.mark.parametrize("kind", [MixesMany, TurnsMany])
+def test_experts_that_let_tokens_meet_in_a_batch_do_not_keep_them_apart(kind: type[Own]) -> None:
+    assert keeps_tokens_apart(stirred(Own()))
+    assert experts_of(stirred(kind())) is not None
+    assert not keeps_tokens_apart(stirred(kind()))
 
 
 @pytest.mark.parametrize("square", [False, True])
