@@ -14,6 +14,6 @@ import pytest
 @pytest.fixture
 def taken_as_familiar(monkeypatch: pytest.MonkeyPatch) -> None:
     """Models and losses of the tests are judged by their graphs, as those of known libraries are."""
-    monkeypatch.setattr("hf_dp.engines.coverage.is_familiar", lambda model: True)
+    monkeypatch.setattr("hf_dp.engines.coverage.foreign_code", lambda model: "")
     monkeypatch.setattr("hf_dp.engines.recorder.still_familiar", lambda model: True)
     monkeypatch.setattr("hf_dp.engines.recorder.is_from_library", lambda loss: True)

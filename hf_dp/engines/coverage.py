@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from hf_dp.engines.base import trainable_parameters
 from hf_dp.engines.by_content import Kinds, Twins
-from hf_dp.engines.familiar import is_familiar
+from hf_dp.engines.familiar import foreign_code
 from hf_dp.engines.sharded import unsharded, whole_parameter
 from hf_dp.errors import UncoveredParameterError
 from hf_dp.layers.base import LayerRule, LayerRules, UnitAxis
@@ -134,7 +134,7 @@ class Coverage:
         untold: Whether a graph came up that none of them is like.
         looks: How often such a pair was sought.
         owners: The modules that own parameters, and what they do when they are called.
-        familiar: Whether all of the model's code is that of known libraries.
+        foreign: What of the model's code is not that of known libraries; empty if all is.
         apart: Modules that are known to keep tokens apart, wherever they send them inside.
         compared: The losses, by their code and the model's mode, with which examples among others were
             compared with the same alone.
@@ -152,7 +152,7 @@ class Coverage:
     twins: list[Twins] = field(default_factory=list)
     untold: bool = False
     looks: int = 0
-    familiar: bool = False
+    foreign: str = ""
     apart: Sequence[nn.Module] = ()
     compared: set[Hashable] = field(default_factory=set)
     refused: dict[Hashable, str] = field(default_factory=dict)
@@ -316,9 +316,9 @@ def coverage_of(model: nn.Module, layer_rules: LayerRules) -> Coverage:
     """
     parameters = trainable_parameters(model)
     points = list(_tap_points(model, layer_rules))
-    familiar = is_familiar(model)
-    apart = [m for m in model.modules() if familiar and keeps_tokens_apart(m)]
-    return Coverage(model, parameters, points, familiar=familiar, apart=apart)
+    foreign = foreign_code(model)
+    apart = [m for m in model.modules() if not foreign and keeps_tokens_apart(m)]
+    return Coverage(model, parameters, points, foreign=foreign, apart=apart)
 
 
 def takes_folded(point: TapPoint) -> bool:

@@ -28,7 +28,7 @@ from hf_dp.layers.routed import Routed
 
 _SINGLE = 4  # bytes of a float32
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
-_TWO_PASSES = 1 / 3  # of a step: one more backward pass without weight gradients
+_BACKWARD = 1 / 3  # of a step: one more backward pass without weight gradients
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,7 @@ class EngineReport:
         rows: Every trainable parameter, in the model's order.
         plain_flops: Of a step without privacy, forward and backward, per example.
         counted_flops: Of the engine's own step, per example, counted where some row's are not known.
+        foreign: What of the model's code is not a known library's, so that every batch is proved.
     """
 
     engine: str
@@ -82,6 +83,7 @@ class EngineReport:
     rows: tuple[EngineRow, ...]
     plain_flops: float
     counted_flops: float | None = None
+    foreign: str = ""
 
     @property
     def overhead(self) -> float | None:
@@ -91,7 +93,7 @@ class EngineReport:
         if any(row.extra_flops is None for row in self.rows):
             return None if self.counted_flops is None else self.counted_flops / self.plain_flops
         extra = sum(row.extra_flops or 0.0 for row in self.rows) / self.plain_flops
-        return 1 + extra + (_TWO_PASSES if self.engine == "two_pass" else 0)
+        return 1 + extra + _BACKWARD * ((self.engine == "two_pass") + bool(self.foreign))
 
     @property
     def extra_bytes(self) -> float:
@@ -100,10 +102,12 @@ class EngineReport:
 
     @property
     def summary(self) -> str:
-        """One sentence."""
+        """A sentence or two."""
         if self.engine == "sequential":
             return "One example at a time: no more operations, but in batches of one."
         kept = f"{self.extra_bytes / 2**20:.3g} MiB per example are kept until the sum"
+        if self.foreign:
+            kept += f". Another backward pass proves every batch, because of {self.foreign}"
         if self.overhead is None:
             return f"Some rules run foreign code, whose operations are not known; {kept}."
         if self.counted_flops is not None:
@@ -122,6 +126,7 @@ class EngineReport:
             "length": self.length,
             "plain_flops": self.plain_flops,
             "counted_flops": self.counted_flops,
+            "foreign": self.foreign,
             "overhead": self.overhead,
             "extra_bytes": self.extra_bytes,
             "rows": [{**asdict(row), "ratio": row.ratio} for row in self.rows],
@@ -169,11 +174,13 @@ def explain_engine(
         chosen: GradientEngine = getattr(engine, "chosen", None) or engine
         plain = _plain_flops(model, inputs, example_loss)
         recorder = getattr(chosen, "recorder", None)
+        foreign = ""
         if recorder is None:
             rows = _sequential_rows(model)
         else:
             factors: dict[str, EngineRow] = {}
             coverage = recorder.coverage(model)
+            foreign = coverage.foreign
             with recorder.forward(model, inputs, example_loss) as passed:
                 passed.backward(
                     lambda name, factor: factors.update({name: _row(coverage, name, factor, norm)})
@@ -188,7 +195,7 @@ def explain_engine(
             summed_by(twin)
             total = counted(lambda: summed_by(twin))
             own = None if total is None else total / batch_size(inputs)
-    return EngineReport(chosen.name, length, tuple(_grouped(rows)), plain, own)
+    return EngineReport(chosen.name, length, tuple(_grouped(rows)), plain, own, foreign)
 
 
 def _plain_flops(model: nn.Module, inputs: Mapping[str, Any], example_loss: ExampleLoss) -> float:

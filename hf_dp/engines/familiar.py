@@ -46,18 +46,27 @@ _REGISTRIES = (
 _DEPTH = 3  # of lists in lists
 
 
-def is_familiar(model: nn.Module) -> bool:
-    """Whether classes, methods, hooks and functions of all modules are those of known libraries."""
-    kinds = {id(kind): kind for kind in map(type, model.modules())}
-    return (
-        all(map(_is_familiar_class, kinds.values()))
-        and all(map(_is_familiar_file, {kind.__module__ for kind in kinds.values()}))
-        and all(
-            _holds_known(getattr(sys.modules.get(file), name, None)) for file, name in _REGISTRIES
-        )
-        and all(_has_known_values(module) for module in model.modules())
-        and still_familiar(model)
-    )
+def foreign_code(model: nn.Module) -> str:
+    """What of the model's classes, methods, hooks and functions is from elsewhere; "" if nothing is."""
+    return next(_foreign(model), "")
+
+
+def _foreign(model: nn.Module) -> Iterator[str]:
+    kinds = {id(kind): kind for kind in map(type, model.modules())}.values()
+    for kind in kinds:
+        if not _is_familiar_class(kind):
+            yield f"class {kind.__module__}.{kind.__qualname__}"
+    for file in {kind.__module__ for kind in kinds}:
+        if not _is_familiar_file(file):
+            yield f"a function put into {file}"
+    for file, registry in _REGISTRIES:
+        if not _holds_known(getattr(sys.modules.get(file), registry, None)):
+            yield f"an entry of {registry}"
+    for name, module in model.named_modules():
+        if not (_has_known_values(module) and _is_unchanged(module)):
+            yield f"a value, hook or method of module {name!r}"
+    if not still_familiar(model):
+        yield "a hook on all modules"
 
 
 def still_familiar(model: nn.Module) -> bool:

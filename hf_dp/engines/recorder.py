@@ -122,7 +122,7 @@ def _run(
     record.tell()
     passed = Pass(coverage, record, losses, owners)
     if num_units > 1 and losses.requires_grad:
-        strange = bool(hooks) or not (coverage.familiar and still_familiar(model))
+        strange = bool(hooks or coverage.foreign) or not still_familiar(model)
         if not (strange or is_from_library(example_loss)):
             strange = not outputs.prove(losses)
         passed.prepare_proof(losses, strange=strange)

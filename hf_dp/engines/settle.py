@@ -71,7 +71,7 @@ def settle(
                     continue
             if not _climbed_in_trial(model, few, coverage, example_loss):
                 break
-        if units > 1 and coverage.familiar:  # another one is proved every time
+        if units > 1 and not coverage.foreign:  # another one is proved every time
             learn_what_grows(model, inputs, coverage, example_loss)
     coverage.settled = True
 

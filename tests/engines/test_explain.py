@@ -134,11 +134,22 @@ def test_the_plain_step_is_counted() -> None:
     with FlopCounterMode(display=False) as counter:
         loss_of(model, {"ids": torch.zeros(1, length, dtype=torch.long)}).sum().backward()
     assert found.plain_flops == counter.get_total_flops()
-    assert found.overhead is not None
-    assert 1 < found.overhead < 1.3
+    known = replace(found, foreign="").overhead
+    assert known is not None
+    assert 1 < known < 1.3
     two = report(length, "two_pass").overhead
     assert two is not None
     assert two == pytest.approx(found.overhead + 1 / 3)
+
+
+def test_what_makes_every_batch_be_proved_is_said() -> None:
+    found = report()
+    assert found.foreign.endswith("test_explain.Stack")
+    assert f"because of class {found.foreign.removeprefix('class ')}" in found.summary
+    assert report(model=nn.Sequential(nn.Embedding(TABLE, 4), nn.Flatten())).foreign == ""
+    known = replace(found, foreign="")
+    assert "proves" not in known.summary
+    assert found.overhead == pytest.approx((known.overhead or 0) + 1 / 3)
 
 
 def test_sequential_adds_nothing_and_says_what_it_costs() -> None:
