@@ -9,31 +9,21 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_dp.engines.base import ExampleLoss, checked_losses, trainable_parameters
-from hf_dp.engines.probe import mode_of
-from hf_dp.engines.rows import batch_size, row, select_rows, tensors_in
-from hf_dp.engines.sharded import Ranks, is_sharded
-from hf_dp.engines.undisturbed import without_dropout
+from hf_dp.engines.rows import batch_size, row, tensors_in
+from hf_dp.engines.sharded import is_sharded
 from hf_dp.errors import ConfigurationError, explain
 from hf_dp.layers.factors import wide
-from hf_dp.layers.randomness import Randomness, kept_randomness
 
 Batch = Mapping[str, Any]
 
-_TRIED, _MORE, _PAIR = 4, 16, 2
-# Of losses, relative: what rounding does not explain in several examples.
-_GAPS = {"float32": 1e-4, "accelerator": 2e-3, "half": 5e-2}
-_GRADIENT_GAPS = {"float32": 1e-2, "accelerator": 5e-2, "half": 0.5}
-_LITTLE_LOSS = 0.1
-_LITTLE_GRADIENT = 2e-3  # of the loss: gradients that are shorter count as this long, for rounding
 _TINY = torch.finfo(torch.float32).tiny
 
 _WHY = "Otherwise one example changes the gradients of others, and what it moves in the sum is not bounded."
@@ -77,103 +67,10 @@ def check_coupling(
             raise _refusal(_first_difference(model, seen, other, tolerance), mates)
 
 
-def check_mates(model: nn.Module, inputs: Batch, example_loss: ExampleLoss) -> None:
-    """Compare the losses of a few examples among others with those of the same examples alone.
-
-    In evaluation mode and, where nothing but dropout is drawn, in the mode that the model is in. All
-    rows keep their padding. A router that rounding tips over is no coupling, nor a loss that is all
-    rounding: a gap must show in two examples, where more than two are tried. So with gradients, in which
-    what lies behind a branch that starts at zero shows first; where the loss is next to nothing, they are
-    all rounding.
-
-    Args:
-        model: As the engine calls it.
-        inputs: Two or more examples.
-        example_loss: One loss per example.
-
-    Raises:
-        ConfigurationError: They differ by more than rounding.
-    """
-    device = next(model.parameters()).device
-    for training in (False, True) if model.training else (False,):
-        with kept_randomness(device), mode_of(model, training=training), without_dropout():
-            before = Randomness.now(device)
-            with _noting_half(model) as halves, torch.no_grad():
-                example_loss(model, inputs)
-            if not Randomness.now(device).same(before):
-                continue  # other draws for an example alone than among others
-            rounding = "half" if halves else "float32" if device.type == "cpu" else "accelerator"
-            gaps, wrong = _seen(partial(_gaps, model, inputs, example_loss), _GAPS[rounding])
-            if not (wrong or is_sharded(model)):
-                measure = partial(_gradient_gaps, model, inputs, example_loss)
-                gaps, wrong = _seen(measure, _GRADIENT_GAPS[rounding])
-            if Ranks(model).any(wrong):
-                index = int(gaps.argmax())
-                raise _mates_refusal(model, inputs, index, example_loss, _GAPS[rounding])
-
-
-def _seen(measure: Callable[[int], Tensor], little: float) -> tuple[Tensor, bool]:
-    """The gaps of some examples, and whether they show; where one alone does, of more examples."""
-    gaps = measure(_TRIED)
-    if len(gaps) > _PAIR and int((gaps > little).sum()) == 1:
-        gaps = measure(_MORE)
-    return gaps, int((gaps > little).sum()) > (len(gaps) > _PAIR)
-
-
-def _gradient_gaps(model: nn.Module, inputs: Batch, example_loss: ExampleLoss, most: int) -> Tensor:
-    """How far gradients among a few others are from gradients alone, relative to their length."""
-    size = min(batch_size(inputs), most)
-    few = select_rows(inputs, range(size))
-    parameters = list(trainable_parameters(model).values())
-    together = checked_losses(example_loss(model, few), size)
-    gaps = torch.zeros(size, dtype=torch.float64)
-    for index in range(size):
-        alone = checked_losses(example_loss(model, row(inputs, index)), 1)
-        loss = float(alone.detach().abs())
-        if loss > _LITTLE_LOSS:
-            gap, length = _gap(together[index], alone, parameters)
-            gaps[index] = (gap / max(length, (_LITTLE_GRADIENT * loss) ** 2)) ** 0.5
-    return gaps.nan_to_num(0, 0, 0)
-
-
-@torch.no_grad()
-def _gaps(model: nn.Module, inputs: Batch, example_loss: ExampleLoss, most: int) -> Tensor:
-    """How far losses among others are from losses alone, relative."""
-    size = batch_size(inputs)
-    together = checked_losses(example_loss(model, inputs), size)
-    few = range(min(size, most))
-    alone = [checked_losses(example_loss(model, row(inputs, index)), 1) for index in few]
-    again = checked_losses(
-        example_loss(model, inputs), size
-    )  # what changes by itself is no coupling
-    among, repeated, found = (
-        wide(t).double()[: len(few)] for t in (together, again, torch.cat(alone))
-    )
-    scale = found.abs() + wide(together).double().abs().nan_to_num(0, 0, 0).mean() + _LITTLE_LOSS
-    gaps = ((among - found).abs() - (among - repeated).abs()) / scale
-    return gaps.nan_to_num(0, 0, 0)
-
-
-@contextlib.contextmanager
-def _noting_half(model: nn.Module) -> Iterator[list[bool]]:
-    """A list that is not empty once a module gave numbers with fewer digits than float32 has."""
-    found: list[bool] = []
-
-    def note(module: nn.Module, args: Any, output: Any) -> None:
-        least = torch.finfo(torch.float32).eps
-        floats = (t for t in tensors_in(output) if t.is_floating_point())
-        if not found and any(torch.finfo(t.dtype).eps > least for t in floats):
-            found.append(True)
-
-    with contextlib.ExitStack() as stack:
-        for module in model.modules():
-            stack.enter_context(module.register_forward_hook(note))
-        yield found
-
-
-def _mates_refusal(
+def mates_refusal(
     model: nn.Module, inputs: Batch, index: int, example_loss: ExampleLoss, tolerance: float
 ) -> ConfigurationError:
+    """What to say of a loss in which the example at `index` showed its batch mates."""
     if is_sharded(model):  # every rank would have to look for it alike
         return _refusal(Suspect(None), mates=True)
     with torch.no_grad():
@@ -191,12 +88,14 @@ def _close(found: Tensor, expected: Tensor, tolerance: float) -> bool:
 def _same_gradients(
     loss: Tensor, other: Tensor, parameters: list[nn.Parameter], tolerance: float
 ) -> bool:
-    gap, size = _gap(loss, other, parameters)
+    gap, size = gradient_gap(loss, other, parameters)
     # written so that NaN, which the engine drops, does not count as a difference
     return not gap > tolerance**2 * max(size, _TINY)
 
 
-def _gap(loss: Tensor, other: Tensor, parameters: list[nn.Parameter]) -> tuple[float, float]:
+def gradient_gap(
+    loss: Tensor, other: Tensor, parameters: list[nn.Parameter]
+) -> tuple[float, float]:
     """Squares: of the length of the gradients' difference, and of that of the other's gradient."""
     found, expected = _gradients(loss, parameters), _gradients(other.sum(), parameters)
     gap, size = 0.0, 0.0

@@ -14,9 +14,9 @@ from hf_dp.engines.attribution import prove
 from hf_dp.engines.axes import establish_axes, unexplained
 from hf_dp.engines.base import ExampleLoss, checked_losses, is_out_of_memory
 from hf_dp.engines.by_content import Graph, Twins
-from hf_dp.engines.coupling import check_mates
 from hf_dp.engines.coverage import Coverage, LayoutUnknownError, NotTappableError, TapPoint
 from hf_dp.engines.loss_keys import loss_key
+from hf_dp.engines.mates import check_mates
 from hf_dp.engines.precision import full_precision
 from hf_dp.engines.probe import mode_of, sizes_of
 from hf_dp.engines.rows import batch_size, select_rows
