@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from engine_zoo import Batch
+from engine_zoo import Batch, assert_same_sum, naive
 from torch import Tensor, nn
-from toy_nets import Net, data, squares
+from toy_nets import C, Net, book_kept, data, squares
 
-from hf_dp.engines import mates
+from hf_dp.engines import engine_named, mates
 from hf_dp.engines.base import ExampleLoss
 from hf_dp.engines.mates import check_mates
 from hf_dp.errors import ConfigurationError
@@ -189,3 +189,17 @@ def test_each_part_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
         plain: Any = lambda one, other: (one - other).abs().nan_to_num(0, 0, 0)  # noqa: E731
         planted.setattr(mates, "_apart", plain)
         assert not refused(weighing(OTHERS["advantages"]), inputs)
+
+
+@pytest.mark.parametrize("engine", ["auto", "two_pass", "book_keeping"])
+def test_no_engine_sums_what_is_kept_by_rank(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, inputs = weighing(hardest(4)), inputs_of(5)
+    with pytest.raises(ConfigurationError, match="batch mates"):
+        book_kept(Net(), inputs, kept, engine_named(engine))
+    monkeypatch.setattr("hf_dp.engines.settle.check_mates", lambda *_: None)  # planted
+    with pytest.raises(AssertionError):
+        assert_same_sum(
+            book_kept(Net(), inputs, kept, engine_named(engine)),
+            naive(Net(), inputs, C, kept),
+            1e-3,
+        )
