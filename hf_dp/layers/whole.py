@@ -13,7 +13,7 @@ from torch.func import functional_call
 from torch.utils._pytree import TreeSpec, tree_leaves, tree_unflatten
 
 from hf_dp.errors import UncoveredParameterError
-from hf_dp.layers.base import SHARED, UnitAxis
+from hf_dp.layers.base import UnitAxis
 from hf_dp.layers.factors import wide
 from hf_dp.layers.randomness import Randomness, kept_randomness
 from hf_dp.layers.repeats import Marks
@@ -300,8 +300,3 @@ class WholeCall:
         if self.num_units == 1:
             return tensor[None]
         return axis.apart(tensor, self.num_units)
-
-
-def all_of_one(leaves: Sequence[Any]) -> list[UnitAxis]:
-    """The axes when the batch is one unit: every tensor is its own as a whole."""
-    return [SHARED for _ in leaves]
