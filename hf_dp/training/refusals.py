@@ -43,6 +43,13 @@ _REFUSED: tuple[Check, ...] = (
         "Set CUDA_VISIBLE_DEVICES=0.",
     ),
     (
+        "device",
+        lambda value: value.type not in ("cpu", "cuda"),
+        "a processor or a CUDA GPU",
+        "Checks and noise compute in float64, which Apple's mps lacks; no other device was ever tried.",
+        "Pass use_cpu=True.",
+    ),
+    (
         "deepspeed",
         _on,
         "None",

@@ -26,6 +26,7 @@ from hf_dp.training.refusals import refuse_options
     [
         ("world_size", 2),
         ("n_gpu", 2),
+        ("device", torch.device("mps")),
         ("deepspeed", "zero3.json"),
         ("fsdp", ["full_shard"]),
         ("parallelism_config", object()),
