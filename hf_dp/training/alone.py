@@ -78,19 +78,53 @@ def alone(model: nn.Module, inputs: Mapping[str, Any], index: int) -> dict[str, 
         index: Which row.
     """
     one = row(inputs, index)
-    mask = one.get("attention_mask")
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
+    names = _cut_by_the_mask(model, one)
+    if not names or not bool(one["attention_mask"].any()):
         return one
-    sided = [name for name, value in one.items() if _spans(value, mask)]
-    float_labels = [n for n in sided if n == "labels" and one[n].is_floating_point()]
-    per_token = set(sided).difference(float_labels)
-    translates = is_encoder_decoder(model) and "labels" in one
-    tokens = mask[0].nonzero().reshape(-1)
-    if translates or len(tokens) == 0 or not per_token <= _PER_TOKEN:
-        return one
+    tokens = one["attention_mask"][0].nonzero().reshape(-1)
     first = 0 if _ENDS[0] in one else int(tokens[0])
     kept = slice(first, int(tokens[-1]) + 1)
-    return {name: value[:, kept] if name in per_token else value for name, value in one.items()}
+    return {name: value[:, kept] if name in names else value for name, value in one.items()}
+
+
+def moved_to_the_front(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The same examples, each beginning with its first token: its padding goes to its end.
+
+    What `alone` makes of them stays the same, so how far an example's neighbours made it be padded on
+    the left moves no position of its own.
+
+    Args:
+        model: Asked whether it is an encoder-decoder.
+        inputs: A collated batch.
+
+    Returns:
+        None where `alone` would keep padding on the left.
+    """
+    mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
+    if isinstance(mask, Tensor) and isinstance(positions, Tensor) and len(positions) == 1:
+        positions = positions.expand(len(mask), *positions.shape[1:])  # each row gets its own
+        inputs = {**inputs, "position_ids": positions}
+    names = _cut_by_the_mask(model, inputs)
+    if not names or _ENDS[0] in inputs:
+        return None
+    width = inputs["attention_mask"].shape[1]
+    own = inputs["attention_mask"] != 0
+    first = own.to(torch.uint8).argmax(1)  # 0 where there is none
+    places = (torch.arange(width, device=own.device) + first[:, None]) % width  # (B, T)
+    rows = torch.arange(len(own), device=own.device)[:, None]
+    return {n: value[rows, places] if n in names else value for n, value in inputs.items()}
+
+
+def _cut_by_the_mask(model: nn.Module, inputs: Mapping[str, Any]) -> frozenset[str]:
+    """The columns from which padding may go; none where one of the mask's width may not be per token."""
+    mask = inputs.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        return frozenset()
+    sided = [name for name, value in inputs.items() if _spans(value, mask)]
+    float_labels = [n for n in sided if n == "labels" and inputs[n].is_floating_point()]
+    per_token = frozenset(sided).difference(float_labels)
+    translates = is_encoder_decoder(model) and "labels" in inputs
+    return frozenset() if translates or not per_token <= _PER_TOKEN else per_token
 
 
 def _spans(value: object, mask: Tensor) -> bool:

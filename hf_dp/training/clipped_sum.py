@@ -24,7 +24,7 @@ from hf_dp.errors import ConfigurationError, explain
 from hf_dp.events import Norm
 from hf_dp.layers import DEFAULT_LAYER_RULES, LayerRules
 from hf_dp.sums import ClippedSum
-from hf_dp.training.alone import definition_loss
+from hf_dp.training.alone import definition_loss, moved_to_the_front
 from hf_dp.training.choice import Choice, choose
 from hf_dp.training.padding import padded_on_the_left
 from hf_dp.training.refused_parts import refuse_model
@@ -32,7 +32,7 @@ from hf_dp.training.tasks import unwrapped
 
 logger = logging.getLogger(__name__)
 
-_CHOICES: WeakKeyDictionary[nn.Module, dict[tuple[str, ...], Choice]] = WeakKeyDictionary()
+_CHOICES: WeakKeyDictionary[nn.Module, dict[tuple[Hashable, ...], Choice]] = WeakKeyDictionary()
 
 
 def clipped_sum(
@@ -96,6 +96,8 @@ def clipped_sum(
         batch, owners = _by_user(batch, users, user_reduction)
     chosen = engine_named(engine, layer_rules) if isinstance(engine, str) else engine
     if example_loss is None:
+        if _begins_with_padding(batch):
+            batch = moved_to_the_front(model, batch) or batch
         example_loss, chosen = _default_loss(model, batch, chosen)
     return chosen.clipped_sum(
         model, batch, example_loss=example_loss, clipping=clipping, owners=owners
@@ -201,20 +203,16 @@ def _begins_with_padding(batch: Mapping[str, Any]) -> bool:
 
 
 def _choice(model: nn.Module, batch: Mapping[str, Any]) -> Choice:
-    """Made once for a model and a set of columns, on made-up examples."""
-    columns = tuple(sorted(batch))
+    """Made once for a model, a set of columns and a way to pad, on made-up examples."""
+    padding = getattr(getattr(unwrapped(model), "config", None), "pad_token_id", None)
+    padding = padding if _pads_with(batch, padding) else None
+    key = tuple(sorted(batch)), padding
     known = _CHOICES.setdefault(model, {})
-    if columns not in known:
-        padding = getattr(getattr(unwrapped(model), "config", None), "pad_token_id", None)
-        known[columns] = choose(
-            model,
-            row(batch, 0),
-            _own_loss,
-            given=None,
-            trusted=True,
-            padding_id=padding if _pads_with(batch, padding) else None,
+    if key not in known:
+        known[key] = choose(
+            model, row(batch, 0), _own_loss, given=None, trusted=True, padding_id=padding
         )
-    return known[columns]
+    return known[key]
 
 
 def _pads_with(batch: Mapping[str, Any], token: object) -> bool:
