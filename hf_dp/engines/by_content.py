@@ -12,22 +12,23 @@ code of known libraries (`familiar`): it judges node by node, and somebody's own
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping, Sequence
+from enum import Enum
 from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
 
+from hf_dp.engines.arranging import arranges
 from hf_dp.engines.moving import (
     Shape,
     Sized,
-    arranges,
-    hides_units,
     is_moving,
     may_broadcast,
     meets,
+    parts_units,
     shapes_of,
-    straddles,
     turned,
 )
 
@@ -36,15 +37,30 @@ _RESHAPING = frozenset(
     {"ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "CloneBackward0"}
 )
 
-# kind of node -> whether it may put rows elsewhere, and whether it may broadcast
-_KINDS: dict[type, tuple[bool, bool]] = {}
-
 _WATCHING = "torch.autograd.graph"  # hooks on several gradients together, which cannot change them
 
 Kinds = tuple[frozenset[type], tuple[tuple[tuple[int, ...], tuple[bool, ...]], ...]]
 WaysAround = Mapping[Any, Sequence[Any]]
 """Node of a module's output -> nodes of all that it was given, where what is between keeps rows in place."""
 Free = tuple[bool, ...] | None  # of each axis; None if that is not known
+
+
+class _Role(Enum):
+    """What nodes of a kind may do to rows."""
+
+    MOVES = "puts them elsewhere"
+    MEETS = "broadcasts"
+    RESHAPES = "cuts them differently"
+    STAYS = "nothing"
+
+
+@functools.cache
+def _role_of(kind: type) -> _Role:
+    if is_moving(kind):
+        return _Role.MOVES
+    if may_broadcast(kind):
+        return _Role.MEETS
+    return _Role.RESHAPES if kind.__name__ in _RESHAPING else _Role.STAYS
 
 
 class Graph:
@@ -82,39 +98,40 @@ class Graph:
         self._met: list[tuple[Shape, Shape]] = []  # what came out of a broadcast, and what went in
         nodes = list(_nodes(losses, around))
         for node in nodes:
-            kind = type(node)
+            kind: type = type(node)
             seen.add(kind)
-            if kind not in _KINDS:
-                _KINDS[kind] = is_moving(kind), may_broadcast(kind)
-            moves, broadcasts = _KINDS[kind]
-            if moves:
+            role = _role_of(kind)
+            if role is _Role.MOVES:
                 moving.append(node)
-            elif broadcasts:
+            elif role is _Role.MEETS:
                 self._met += _broadcasts(node)
-            elif kind.__name__ in _RESHAPING and hides_units(node, num_units):
-                hiding.append(node)
-            elif kind.__name__ in _RESHAPING and straddles(node, num_units):
-                straddling = True
-        self._order = [type(node) for node in moving]
+            elif role is _Role.RESHAPES and (rows := parts_units(node, num_units)) is not None:
+                straddling = straddling or rows != 1
+                hiding += [node] if rows == 1 else []
         self._shapes = [shapes_of(node) for node in moving]
+        self._form = (
+            [type(node) for node in moving],
+            [len(shapes) for shapes in self._shapes],
+            [(len(out), len(given)) for out, given in self._met],
+        )
         self.known = False
         self.by_content, turns = straddling or _broadcast(nodes, hiding), []
         free, free_met = self._free(twins)
         for node, shapes, frees in zip(moving, self._shapes, free, strict=True):
-            tensors = [self._sized(*pair) for pair in zip(shapes, frees, strict=True)]
+            tensors = [
+                None if shape is None else Sized(shape, num_units, axes)
+                for shape, axes in zip(shapes, frees, strict=True)
+            ]
             self.by_content = self.by_content or arranges(node, tensors)
             turn = turned(node, tensors)
             if turn is not None:
                 turns.append((turn.order, turn.single))
                 self.by_content = self.by_content or turn.ambiguous
         for (out, given), (out_free, given_free) in zip(self._met, free_met, strict=True):
-            tensors = [self._sized(out, out_free), self._sized(given, given_free)]
-            self.by_content = self.by_content or meets(*tensors)  # type: ignore[arg-type]
+            came_out, went_in = Sized(out, num_units, out_free), Sized(given, num_units, given_free)
+            self.by_content = self.by_content or meets(came_out, went_in)
         named = frozenset(kind for kind in seen if kind.__name__ not in _RESHAPING)
         self.kinds: Kinds = (named, tuple(turns))
-
-    def _sized(self, shape: Shape | None, free: Free) -> Sized | None:
-        return None if shape is None else Sized(shape, self.num_units, free)
 
     def _free(self, twins: Sequence[Twins]) -> tuple[list[list[Free]], list[tuple[Free, Free]]]:
         """For each tensor of each node that may move rows, and of each broadcast: its axes without units."""
@@ -122,16 +139,12 @@ class Graph:
             if self.is_like(pair.few):
                 self.known = True
                 return pair.moved, pair.met
-        self.known = not self._order and not self._met
+        self.known = not self._shapes and not self._met
         return [[None] * len(shapes) for shapes in self._shapes], [(None, None)] * len(self._met)
 
     def is_like(self, other: Graph) -> bool:
         """Whether both have the same nodes that may move rows, and the same broadcasts."""
-        return (
-            self._order == other._order
-            and [len(shapes) for shapes in self._shapes] == [len(s) for s in other._shapes]
-            and [_ranks(pair) for pair in self._met] == [_ranks(pair) for pair in other._met]
-        )
+        return self._form == other._form
 
 
 @contextlib.contextmanager
@@ -154,10 +167,6 @@ def hooks_on_gradients() -> Iterator[list[None]]:
         yield found
     finally:
         Tensor.register_hook = original  # type: ignore[method-assign]
-
-
-def _ranks(pair: tuple[Shape, Shape]) -> tuple[int, int]:
-    return len(pair[0]), len(pair[1])
 
 
 def _alike(one: Shape | None, other: Shape | None) -> Free:
@@ -191,11 +200,10 @@ def _broadcast(nodes: Sequence[Any], hiding: list[Any]) -> bool:
 
 def _nodes(losses: Tensor, around: WaysAround) -> Iterator[Any]:
     start = losses.grad_fn
-    seen, waiting = {start}, [start]
+    waiting = [] if start is None else [start]
+    seen = {None, start}
     while waiting:
         node: Any = waiting.pop()
-        if node is None:
-            continue
         yield node
         for after in around[node] if node in around else _before(node):
             if after not in seen:

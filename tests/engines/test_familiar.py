@@ -178,10 +178,7 @@ def squares(model: nn.Module, inputs: Batch) -> Tensor:
 @pytest.fixture
 def blind_walk(monkeypatch: pytest.MonkeyPatch) -> None:
     """Planted: nothing in a graph is said to move rows."""
-    for name in ("arranges", "meets", "straddles", "hides_units"):
-        monkeypatch.setattr(f"hf_dp.engines.by_content.{name}", lambda *_: False)
-    monkeypatch.setattr("hf_dp.engines.by_content.is_moving", lambda *_: False)
-    monkeypatch.setattr("hf_dp.engines.by_content._KINDS", {})
+    monkeypatch.setattr("hf_dp.engines.by_content._role_of", lambda _: None)
 
 
 def at_the_second_batch() -> None:
