@@ -19,6 +19,7 @@ from hf_dp.engines.base import trainable_parameters
 from hf_dp.engines.by_content import Kinds, Twins
 from hf_dp.engines.familiar import foreign_code
 from hf_dp.engines.sharded import unsharded, whole_parameter
+from hf_dp.engines.walk import named_modules_of
 from hf_dp.errors import UncoveredParameterError
 from hf_dp.layers.base import LayerRule, LayerRules, UnitAxis
 from hf_dp.layers.embedding import relative_bias
@@ -292,7 +293,7 @@ def _owners(model: nn.Module) -> list[tuple[Any, ...]]:
             *(id(module), type(module), type(module).forward, vars(module).get("forward")),
             *(getattr(type(module), "_apply_gate", None), vars(module).get("_apply_gate")),
         )
-        for module in model.modules()
+        for module in named_modules_of(model)
         if module._parameters
     ]
 

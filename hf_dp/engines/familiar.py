@@ -16,6 +16,8 @@ from typing import Any
 from torch import nn
 from torch.nn.modules import module as torch_module
 
+from hf_dp.engines.walk import named_modules_of
+
 _LIBRARIES = frozenset(
     {
         "torch",
@@ -73,7 +75,7 @@ def still_familiar(model: nn.Module) -> bool:
     """Whether nobody has put a hook or a method on a familiar model since it was looked over."""
     if any(_foreign_hooks(getattr(torch_module, name, None)) for name in _EVERYWHERE):
         return False
-    return all(map(_is_unchanged, model.modules()))
+    return all(map(_is_unchanged, named_modules_of(model)))
 
 
 def is_from_library(function: object) -> bool:
@@ -96,9 +98,10 @@ def is_from_library(function: object) -> bool:
 
 def _is_unchanged(module: nn.Module) -> bool:
     own = vars(module)
-    if any(_foreign_hooks(own.get(name)) for name in _HOOKS):
+    if any(map(own.get, _HOOKS)) and any(_foreign_hooks(own.get(name)) for name in _HOOKS):
         return False
-    return is_from_library(own.get("forward")) and _known_class(type(own.get("_hf_hook")))
+    forward, hook = own.get("forward"), own.get("_hf_hook")
+    return (forward is None or is_from_library(forward)) and _known_class(type(hook))
 
 
 def _is_familiar_class(kind: type[Any]) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from hf_dp.engines.rows import batch_size, select_rows
+from hf_dp.engines.walk import named_modules_of, named_parameters_of
 from hf_dp.errors import ConfigurationError, UncoveredParameterError, explain
 
 _WHOLE = (
@@ -33,6 +34,8 @@ def is_sharded(model: nn.Module) -> bool:
 def whole_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Name -> parameter as its module uses it; for a model in one piece, the parameter itself."""
     kept = _kept(model)
+    if not _groups(model):
+        return kept
     if any(_is_shard(p) and p not in _WHOLE for p in kept.values()):
         for group in _groups(model):
             group.unshard()
@@ -180,7 +183,7 @@ def _kept(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters as the optimizer has them."""
     for group in _groups(model):
         group.reshard()  # after a forward without a backward pass some are still whole
-    return dict(model.named_parameters())
+    return named_parameters_of(model)
 
 
 def _groups(model: nn.Module) -> Sequence[Any]:
@@ -188,7 +191,7 @@ def _groups(model: nn.Module) -> Sequence[Any]:
         return ()
     from torch.distributed.fsdp import FSDPModule
 
-    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+    return [module for module in named_modules_of(model) if isinstance(module, FSDPModule)]
 
 
 def _is_shard(parameter: Tensor) -> bool:

@@ -104,9 +104,20 @@ class Recording:
         try:
             yield
         except UncoveredParameterError as error:
-            if not self.ranks.together:
-                raise
-            self.failed = self.failed or error
+            self._note(error)
+
+    def hand_on(self, call: Call) -> None:
+        """Give a call to the running backward pass; a refusal is kept as by `noting`."""
+        assert self.on_call is not None
+        try:
+            self.on_call(call)
+        except UncoveredParameterError as error:
+            self._note(error)
+
+    def _note(self, error: UncoveredParameterError) -> None:
+        if not self.ranks.together:
+            raise error
+        self.failed = self.failed or error
 
     def tell(self) -> None:
         """Raise on every rank what was noted on one.
@@ -167,7 +178,7 @@ class Recording:
                 self.uses[id(parameter)] += 1
         else:
             self.recomputed = True
-        apply: Callable[..., tuple[Tensor, ...]] = _Tap.apply
+        apply = _Tap.apply if torch._C._are_functorch_transforms_active() else _APPLY
         return apply((self, point, context, len(outputs)), self.anchor, *outputs, *inputs)
 
 
@@ -182,7 +193,7 @@ class _Tap(torch.autograd.Function):
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         num_outputs = noted[3]
-        ctx.noted, ctx.num_inputs = noted, len(tensors) - num_outputs
+        ctx.noted = noted
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors[num_outputs:])
         # returning an input would make a view and break in-place operations
@@ -192,11 +203,15 @@ class _Tap(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         recording, point, context, _ = ctx.noted
         inputs = tuple([saved.detach() for saved in ctx.saved_tensors])
-        if any(grad is not None for grad in grads):
-            with recording.noting():
-                recording.on_call(Call(point, inputs, grads, context, id(ctx)))
+        if any([grad is not None for grad in grads]):
+            recording.hand_on(Call(point, inputs, grads, context, id(ctx)))
         # the anchor's own gradient is of no use: zeros would be added up, two kernels for each call
-        return None, None, *grads, *(None,) * ctx.num_inputs
+        return None, None, *grads, *[None] * len(inputs)
+
+
+# What `Function.apply` comes to where no transform of `torch.func` runs; to make sure of that it looks into
+# every argument, which takes a third of a tap's time.
+_APPLY: Callable[..., tuple[Tensor, ...]] = super(torch.autograd.Function, _Tap).apply
 
 
 class PointTap(ABC):
