@@ -36,7 +36,7 @@ from hf_dp.training.batches import (
 )
 from hf_dp.training.checkpoints import resolve_checkpoint
 from hf_dp.training.chosen_noise import num_noised, warn_of_dear_noise
-from hf_dp.training.lines import NonPrivateMetrics
+from hf_dp.training.lines import Lines, guard
 from hf_dp.training.losses import default_loss_ceiling
 from hf_dp.training.made_up import LENGTHS
 from hf_dp.training.memory import MemoryLimit
@@ -129,7 +129,8 @@ class DPTrainerMixin(SettledMixin, ShownMixin):
         self._run_id: str | None = None
         self._rehearsed = False
         self._memory = MemoryLimit()
-        self._nonprivate = NonPrivateMetrics()
+        self._lines = Lines(self.dp_args.nonprivate_metrics)
+        guard(self.callback_handler, self._lines)
         self._refuse_parts()
         if self.train_dataset is not None:
             self._make_claim()
@@ -196,6 +197,8 @@ class DPTrainerMixin(SettledMixin, ShownMixin):
             fresh_weights=self.model_init is not None,
         )
         self._run_id = self._spending.ledger.run_id
+        self._lines.begin(self._spending)
+        guard(self.callback_handler, self._lines)
         logger.info(
             "hf_dp: %s, delta = %.3g, accountant %s", claim.plan, claim.delta, self.accountant.name
         )
@@ -239,7 +242,7 @@ class DPTrainerMixin(SettledMixin, ShownMixin):
             else UserCollator(host.collate_fn, size, key, tokens, reduction)
         )
         announce_users(self.dp_args, size, tokens)
-        self._nonprivate.users_cut = self._ownership.num_cut(self.train_dataset)
+        self._lines.exact.users_cut = self._ownership.num_cut(self.train_dataset)
         check = self._ownership.check_of(self.train_dataset, host.dataset)
         return logical_loader(host, sampler, collator, self._ownership.column, check)
 
@@ -281,7 +284,7 @@ class DPTrainerMixin(SettledMixin, ShownMixin):
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
         batch = drawn(inputs)
-        with self.coins.for_library_code(), reentrant_refused():
+        with self._lines.silent(), self.coins.for_library_code(), reentrant_refused():
             self._rehearse(model, plan)
             summed = clipped_sum_of(
                 model,
@@ -292,14 +295,13 @@ class DPTrainerMixin(SettledMixin, ShownMixin):
                 limit=self._memory,
                 owned=batch.owned,
             )
-        if self.dp_args.nonprivate_metrics:
-            self._nonprivate.observe(summed)
+        self._lines.observe(summed)
         spending.record(batch.place, step=self.state.global_step)
         released = plan.noise.release(
             summed, sensitivity=plan.clipping.sensitivity, coins=self.coins
         )
         set_gradients(model, released, plan.expected_batch_size)
-        return released_loss(released, plan, self.args.device)
+        return self._lines.released(released_loss(released, plan, self.args.device))
 
     def _rehearse(self, model: nn.Module, plan: PrivacyPlan) -> None:
         """The preflight, once, when host and model are as every step will find them."""

@@ -20,6 +20,7 @@ from hf_dp.training.batches import without_column
 from hf_dp.training.choice import Choice, announce, choose
 from hf_dp.training.chosen_noise import norm_of
 from hf_dp.training.explaining import explain_training
+from hf_dp.training.lines import Lines
 from hf_dp.training.mixing import refuse_mixing
 from hf_dp.training.ownership import Ownership
 from hf_dp.training.packing import apart
@@ -43,6 +44,7 @@ class SettledMixin(_Host):
     _ownership: Ownership
     dp_args: DPArguments
     _given_plan: PrivacyPlan | None
+    _lines: Lines
 
     @property
     def _clipping_norm_type(self) -> Norm:
@@ -54,7 +56,11 @@ class SettledMixin(_Host):
         """Choose the loss of each example before any batch is drawn, on made-up examples."""
         if self._choice is None:
             own = type(self).compute_loss.__module__.partition(".")[0] in _TRUSTED_HOSTS
-            with self.coins.for_library_code(), self.compute_loss_context_manager():
+            with (
+                self._lines.silent(),
+                self.coins.for_library_code(),
+                self.compute_loss_context_manager(),
+            ):
                 item = self._first(host)
                 refuse_mixing(host.collate_fn, item)
                 columns = host.collate_fn([copy.deepcopy(item)])
@@ -82,7 +88,7 @@ class SettledMixin(_Host):
         """
         host = super().get_train_dataloader()
         self._settle_loss(host)
-        with self.coins.for_library_code():
+        with self._lines.silent(), self.coins.for_library_code():
             columns = self._prepare_inputs(host.collate_fn([copy.deepcopy(self._first(host))]))
             return explain_training(
                 self.model,

@@ -10,12 +10,7 @@ from hf_dp.ledger import LEDGER_NAME
 from hf_dp.reports.markdown import privacy_section
 from hf_dp.reports.report import PrivacyReport
 from hf_dp.training.arguments import DPArguments
-from hf_dp.training.lines import (
-    NonPrivateMetrics,
-    forget_exact_metrics,
-    is_training_line,
-    make_private,
-)
+from hf_dp.training.lines import Lines
 from hf_dp.training.refused_parts import refuse_evaluation
 from hf_dp.training.spending import Spending
 
@@ -30,7 +25,7 @@ class ShownMixin(_Host):
 
     dp_args: DPArguments
     _spending: Spending | None
-    _nonprivate: NonPrivateMetrics
+    _lines: Lines
 
     @property
     def epsilon(self) -> float:
@@ -42,20 +37,17 @@ class ShownMixin(_Host):
         return PrivacyReport.from_ledger(Path(self.args.output_dir) / LEDGER_NAME)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add epsilon and delta to training lines; leave out what is exact and private."""
-        if self._spending is not None and is_training_line(logs):
-            make_private(logs, self._spending)
-            if self.dp_args.nonprivate_metrics:
-                logs |= self._nonprivate.drain(self._spending)
-            else:
-                forget_exact_metrics(self)
+        """Add epsilon and delta to training lines; `Lines` sees to the rest where they arrive."""
+        self._lines.price(logs)
         super().log(logs, start_time)
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The host's evaluation; refused on the training data, whose metrics would be exact."""
         evaluated = self.eval_dataset if eval_dataset is None else eval_dataset
         refuse_evaluation(self.train_dataset, evaluated, self.dp_args.nonprivate_metrics)
-        metrics: dict[str, float] = super().evaluate(eval_dataset, *args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", args[1] if len(args) > 1 else "eval")
+        with self._lines.evaluation(prefix):
+            metrics: dict[str, float] = super().evaluate(eval_dataset, *args, **kwargs)
         return metrics
 
     def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> Any:

@@ -148,6 +148,11 @@ class Spending:
         return self.claim.curve.epsilon(self._num_passes)
 
     @property
+    def is_open(self) -> bool:
+        """Whether ``train()`` is under way."""
+        return self._open
+
+    @property
     def exhausted(self) -> bool:
         """Whether one more release would pass the target epsilon.
 
