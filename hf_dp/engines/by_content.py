@@ -31,6 +31,7 @@ from hf_dp.engines.moving import (
     shapes_of,
     turned,
 )
+from hf_dp.engines.reshapes import Growth, Reshape, growth, strays
 
 # Which of these a reshape becomes depends on strides and on who is looking.
 _RESHAPING = frozenset(
@@ -96,6 +97,7 @@ class Graph:
         hiding: list[Any] = []
         straddling = False
         self._met: list[tuple[Shape, Shape]] = []  # what came out of a broadcast, and what went in
+        self._reshaped: list[Reshape] = []
         nodes = list(_nodes(losses, around))
         for node in nodes:
             kind: type = type(node)
@@ -105,18 +107,21 @@ class Graph:
                 moving.append(node)
             elif role is _Role.MEETS:
                 self._met += _broadcasts(node)
-            elif role is _Role.RESHAPES and (rows := parts_units(node, num_units)) is not None:
-                straddling = straddling or rows != 1
-                hiding += [node] if rows == 1 else []
+            elif role is _Role.RESHAPES:
+                self._reshaped += _reshapes(node)
+                if (rows := parts_units(node, num_units)) is not None:
+                    straddling = straddling or rows != 1
+                    hiding += [node] if rows == 1 else []
         self._shapes = [shapes_of(node) for node in moving]
         self._form = (
             [type(node) for node in moving],
             [len(shapes) for shapes in self._shapes],
             [(len(out), len(given)) for out, given in self._met],
+            [(len(given), len(out)) for given, out in self._reshaped],
         )
         self.known = False
         self.by_content, turns = straddling or _broadcast(nodes, hiding), []
-        free, free_met = self._free(twins)
+        free, free_met, grows = self._free(twins)
         for node, shapes, frees in zip(moving, self._shapes, free, strict=True):
             tensors = [
                 None if shape is None else Sized(shape, num_units, axes)
@@ -130,20 +135,29 @@ class Graph:
         for (out, given), (out_free, given_free) in zip(self._met, free_met, strict=True):
             came_out, went_in = Sized(out, num_units, out_free), Sized(given, num_units, given_free)
             self.by_content = self.by_content or meets(came_out, went_in)
+        self.by_content = self.by_content or any(
+            strays(*pair, num_units) for pair in zip(self._reshaped, grows, strict=False)
+        )
         named = frozenset(kind for kind in seen if kind.__name__ not in _RESHAPING)
         self.kinds: Kinds = (named, tuple(turns))
 
-    def _free(self, twins: Sequence[Twins]) -> tuple[list[list[Free]], list[tuple[Free, Free]]]:
-        """For each tensor of each node that may move rows, and of each broadcast: its axes without units."""
+    def _free(
+        self, twins: Sequence[Twins]
+    ) -> tuple[list[list[Free]], list[tuple[Free, Free]], list[Growth]]:
+        """Of each tensor of each node that may move rows, and of each broadcast, its axes without units.
+
+        And which axes of reshapes grow; of none without a twin, since any axis may then have units.
+        """
         for pair in twins:
             if self.is_like(pair.few):
                 self.known = True
-                return pair.moved, pair.met
+                return pair.moved, pair.met, pair.reshaped
         self.known = not self._shapes and not self._met
-        return [[None] * len(shapes) for shapes in self._shapes], [(None, None)] * len(self._met)
+        unknown: list[list[Free]] = [[None] * len(shapes) for shapes in self._shapes]
+        return unknown, [(None, None)] * len(self._met), []
 
     def is_like(self, other: Graph) -> bool:
-        """Whether both have the same nodes that may move rows, and the same broadcasts."""
+        """Whether both have the same nodes that may move rows, the same broadcasts and reshapes."""
         return self._form == other._form
 
 
@@ -174,6 +188,13 @@ def _alike(one: Shape | None, other: Shape | None) -> Free:
     if one is None or other is None or len(one) != len(other):
         return None
     return tuple(a == b for a, b in zip(one, other, strict=True))
+
+
+def _reshapes(node: Any) -> Iterator[Reshape]:
+    """What went in and what came out; whether memory is copied before does not matter."""
+    given = shapes_of(node)[0]
+    if given is not None and type(node).__name__ != "CloneBackward0":
+        yield given, tuple(node._input_metadata[0].shape)
 
 
 def _broadcasts(node: Any) -> Iterator[tuple[Shape, Shape]]:
@@ -222,6 +243,7 @@ class Twins:
         few: One of the graphs.
         moved: Of each tensor of each node that may move rows, the axes that are as long in both.
         met: Of what came out of each broadcast, and of what went in, likewise.
+        reshaped: Of each reshape, the axes that are not.
     """
 
     def __init__(self, few: Graph, more: Graph) -> None:
@@ -235,3 +257,4 @@ class Twins:
             (_alike(one[0], other[0]), _alike(one[1], other[1]))
             for one, other in zip(few._met, more._met, strict=True)
         ]
+        self.reshaped = [growth(*pair) for pair in zip(few._reshaped, more._reshaped, strict=True)]
