@@ -190,11 +190,12 @@ def _alike(one: Shape | None, other: Shape | None) -> Free:
     return tuple(a == b for a, b in zip(one, other, strict=True))
 
 
-def _reshapes(node: Any) -> Iterator[Reshape]:
+def _reshapes(node: Any) -> list[Reshape]:
     """What went in and what came out; whether memory is copied before does not matter."""
-    given = shapes_of(node)[0]
-    if given is not None and type(node).__name__ != "CloneBackward0":
-        yield given, tuple(node._input_metadata[0].shape)
+    [(before, place)] = node.next_functions
+    if before is None or type(node).__name__ == "CloneBackward0":
+        return []
+    return [(before._input_metadata[place].shape, node._input_metadata[0].shape)]
 
 
 def _broadcasts(node: Any) -> Iterator[tuple[Shape, Shape]]:
