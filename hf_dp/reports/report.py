@@ -16,6 +16,8 @@ from hf_dp.accounting.shown import rounded_up
 from hf_dp.errors import LedgerError, explain
 from hf_dp.events import NeighboringRelation, PrivacyEvent, from_json
 from hf_dp.ledger import LEDGER_NAME, LedgerRecord, read_ledger
+from hf_dp.reports.of_earlier_runs import TRAINED_BEFORE
+from hf_dp.reports.of_earlier_runs import in_words as earlier_in_words
 from hf_dp.reports.of_noise import dear_in_high_dimension
 from hf_dp.reports.of_users import TRUSTED, fewer_than, in_words
 
@@ -133,6 +135,11 @@ class PrivacyReport:
         return found
 
     @property
+    def _earlier(self) -> list[Mapping[str, Any]]:
+        """Runs that trained the same model before, as far as was known."""
+        return list(self.header.get(TRAINED_BEFORE, ()))
+
+    @property
     def _kept_examples(self) -> int | None:
         return None if self._users is None else self._users.get("kept_examples")
 
@@ -172,6 +179,8 @@ class PrivacyReport:
                 "The preflight was switched off: that the examples of a batch do not influence one another, "
                 "and that the engine clips this model's gradients as plain autograd would, was not checked."
             )
+        if self._earlier:
+            found.append(earlier_in_words(self._earlier))
         if self.torn:
             found.append("The last line of the ledger was cut short; it is counted as a release.")
         if self._sampling == "Shuffled":
@@ -230,6 +239,7 @@ class PrivacyReport:
             "population_size": self.header.get("population_size"),
             **({} if self._users is None else {"users": dict(self._users)}),
             "target_epsilon": self.header.get("target_epsilon"),
+            **({TRAINED_BEFORE: self._earlier} if self._earlier else {}),
             "run_id": self.run_id,
             "torn": self.torn,
         }

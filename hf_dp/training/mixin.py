@@ -62,6 +62,7 @@ from hf_dp.training.step import (
     tracked,
 )
 from hf_dp.training.tasks import recognise_task
+from hf_dp.training.trained_before import announce_earlier, earlier_runs, for_header, remember
 
 logger = logging.getLogger(__name__)
 
@@ -187,11 +188,12 @@ class DPTrainerMixin(SettledMixin, ShownMixin):
         self._rehearsed = not self.dp_args.preflight
         trainable_parameters(self.model)  # refuses a model without any, while nothing is begun
         checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir)
+        earlier = earlier_runs(self.model)
         self._spending = Spending.begin(
             claim,
             output_dir=Path(self.args.output_dir),
             checkpoint=None if checkpoint is None else Path(checkpoint),
-            header=claim.header(self.coins, self.dp_args),
+            header={**claim.header(self.coins, self.dp_args), **for_header(earlier)},
             known_run=self._run_id,
             continues=self.dp_args.ledger == "continue",
             fresh_weights=self.model_init is not None,
@@ -205,9 +207,11 @@ class DPTrainerMixin(SettledMixin, ShownMixin):
         if claim.users is not None:
             logger.info("hf_dp: users: %s", in_words(claim.users))
         warn_of_dear_noise(claim.plan)
+        announce_earlier(earlier, self._spending)
         try:
             return super().train(resume_from_checkpoint=checkpoint, **kwargs)
         finally:
+            remember(self.model, self._spending)
             self._spending.close()
 
     def num_examples(self, dataloader: DataLoader[Any]) -> int:
