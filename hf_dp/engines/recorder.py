@@ -23,13 +23,15 @@ from hf_dp.engines.precision import full_precision
 from hf_dp.engines.rows import batch_size
 from hf_dp.engines.settle import check_folds, compare_mates, learn_what_grows, settle
 from hf_dp.engines.sharded import first_rows, is_sharded
-from hf_dp.engines.tap import Call, Recording, UsedOutsideError
+from hf_dp.engines.tap import Call, OwnBackwardError, Recording, UsedOutsideError
 from hf_dp.engines.together import Alike, Group, Waiting
 from hf_dp.engines.whole_tap import whole_call
 from hf_dp.errors import UncoveredParameterError
 from hf_dp.layers.base import FIRST, LayerRules
 from hf_dp.layers.factors import Factor, Vec, combine
 from hf_dp.layers.randomness import kept_randomness
+
+_NO_GRADIENT = "does not require grad"  # as torch words it
 
 OnFactor = Callable[[str, Factor], None]
 """``on_factor(name, factor)`` takes the whole gradient of one parameter, for every unit."""
@@ -73,7 +75,8 @@ class Recorder:
                 pass may find that, too. `look_again` may help.
             UncoveredParameterError: Some gradient cannot be told apart by example.
         """
-        coverage = self._settled(model, inputs, example_loss)
+        with _told_of_own_backward():
+            coverage = self._settled(model, inputs, example_loss)
         with recording(coverage, batch_size(inputs)) as record:
             yield _run(record, coverage, model, inputs, example_loss, owners)
 
@@ -104,6 +107,17 @@ class Recorder:
         if batch_size(inputs) > 1:
             compare_mates(model, inputs, coverage, example_loss)
         return coverage
+
+
+@contextlib.contextmanager
+def _told_of_own_backward() -> Iterator[None]:
+    """A model is looked over without gradients, too, and foreign code may want some."""
+    try:
+        yield
+    except RuntimeError as error:
+        if _NO_GRADIENT not in str(error):
+            raise
+        raise OwnBackwardError from None
 
 
 def _run(

@@ -24,6 +24,18 @@ from hf_dp.errors import UncoveredParameterError
 from hf_dp.layers.base import UnitAxis
 
 
+class OwnBackwardError(UncoveredParameterError):
+    """Foreign code wants gradients of its own while the examples' are told apart."""
+
+    def __init__(self) -> None:
+        """Say so."""
+        super().__init__(
+            "a loss or a model that runs a backward pass of its own, as adversarial training does: expected "
+            "forward passes alone. Its gradients would be taken for the examples'. Use engine='sequential', "
+            "or 'auto', which then takes one example at a time."
+        )
+
+
 @dataclass
 class Call:
     """What one call of a tapped module left behind: inputs and output gradients.
@@ -108,7 +120,8 @@ class Recording:
 
     def hand_on(self, call: Call) -> None:
         """Give a call to the running backward pass; a refusal is kept as by `noting`."""
-        assert self.on_call is not None
+        if self.on_call is None:
+            raise OwnBackwardError
         try:
             self.on_call(call)
         except UncoveredParameterError as error:

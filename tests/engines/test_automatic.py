@@ -238,3 +238,31 @@ def test_the_failed_pass_is_gone_before_examples_are_taken_one_by_one(
         model, data(), example_loss=squares, clipping=FlatClipping(C)
     )
     assert_same_sum(found, naive(model, data(), C, squares), 1e-12)
+
+
+def adversarial(model: nn.Module, inputs: Batch, *, enabled: bool = True) -> Tensor:
+    """At the place near each example where its loss is larger (Goodfellow et al., 2014)."""
+    with torch.set_grad_enabled(enabled or torch.is_grad_enabled()):
+        x = inputs["x"].clone().requires_grad_()
+        steps = torch.autograd.grad(squares(model, {"x": x}).sum(), x)[0].sign()
+    return squares(model, {"x": x.detach() + 0.1 * steps})
+
+
+def for_the_gradient(model: nn.Module, inputs: Batch) -> Tensor:
+    return adversarial(model, inputs, enabled=False)
+
+
+@pytest.mark.parametrize("loss", [adversarial, for_the_gradient])
+def test_a_loss_with_a_backward_pass_of_its_own_is_taken_one_by_one(loss: ExampleLoss) -> None:
+    expected = naive(Net(), data(), C, loss)
+    found = engine_named("auto").clipped_sum(
+        Net(), data(), example_loss=loss, clipping=FlatClipping(C)
+    )
+    assert_same_sum(found, expected, 1e-12)
+    for name in ("book_keeping", "two_pass"):
+        with pytest.raises(
+            UncoveredParameterError, match=r"a backward pass of its own.*Use engine="
+        ):
+            engine_named(name).clipped_sum(
+                Net(), data(), example_loss=loss, clipping=FlatClipping(C)
+            )
