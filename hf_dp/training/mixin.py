@@ -36,6 +36,7 @@ from hf_dp.training.batches import (
 )
 from hf_dp.training.checkpoints import resolve_checkpoint
 from hf_dp.training.chosen_noise import num_noised, warn_of_dear_noise
+from hf_dp.training.held_out import refuse_evaluation
 from hf_dp.training.lines import Lines, guard
 from hf_dp.training.losses import default_loss_ceiling
 from hf_dp.training.made_up import LENGTHS
@@ -44,12 +45,7 @@ from hf_dp.training.ownership import Ownership, announce_users, given_dataset
 from hf_dp.training.packing import UserCollator
 from hf_dp.training.planning import Schedule, plan_for, schedule
 from hf_dp.training.refusals import private_copy, refuse_launcher, refuse_options
-from hf_dp.training.refused_parts import (
-    refuse_collator,
-    refuse_dataset,
-    refuse_evaluation,
-    refuse_model,
-)
+from hf_dp.training.refused_parts import refuse_collator, refuse_dataset, refuse_model
 from hf_dp.training.rehearsal import rehearse
 from hf_dp.training.settled import SettledMixin
 from hf_dp.training.shown import ShownMixin
@@ -109,9 +105,10 @@ class DPTrainerMixin(SettledMixin, ShownMixin):
         refuse_options(given[0])
         self._accumulation: int = given[0].gradient_accumulation_steps
         mine = private_copy(given[0])
-        self._ownership = Ownership(
-            self.dp_args, users, given_dataset(super().__init__, args, kwargs)
-        )
+        given_data = given_dataset(super().__init__, args, kwargs)
+        given_eval = given_dataset(super().__init__, args, kwargs, "eval_dataset")
+        refuse_evaluation(given_data, given_eval, self.dp_args.nonprivate_metrics)
+        self._ownership = Ownership(self.dp_args, users, given_data)
         super().__init__(
             *(mine if value is given[0] else value for value in args),
             **{name: mine if value is given[0] else value for name, value in kwargs.items()},

@@ -245,14 +245,17 @@ def announce_users(dp_args: DPArguments, rows: int, max_tokens: int | None) -> N
 
 
 def given_dataset(
-    host: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+    host: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    name: str = "train_dataset",
 ) -> Any | None:
-    """The training data among the arguments of a host's constructor, by name or by place."""
+    """The training data, or other data, among the arguments of a host's constructor."""
     try:
         named = inspect.signature(host).bind_partial(*args, **kwargs).arguments
     except TypeError:  # the host will say it better
         return None
-    return named.get("train_dataset", kwargs.get("train_dataset"))
+    return named.get(name, kwargs.get(name))
 
 
 def _lengths(rows: Any, key: str) -> np.ndarray:

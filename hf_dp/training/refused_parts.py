@@ -177,32 +177,5 @@ def _rope_types(module: nn.Module) -> set[str]:
     return found
 
 
-def refuse_evaluation(train_dataset: Any, evaluated: Any, nonprivate_metrics: bool) -> None:
-    """Refuse to evaluate on the training data.
-
-    Args:
-        train_dataset: What is protected.
-        evaluated: A dataset, a dict of them, or None.
-        nonprivate_metrics: Whether exact metrics were asked for; then nothing is refused.
-
-    Raises:
-        ConfigurationError: One of them is the training dataset.
-    """
-    others = evaluated.values() if isinstance(evaluated, dict) else [evaluated]
-    if nonprivate_metrics or train_dataset is None:
-        return
-    if any(
-        train_dataset is other or getattr(other, "dataset", None) is train_dataset
-        for other in others
-    ):
-        raise _coupled(
-            "eval_dataset",
-            "the training dataset",
-            "data held out from training",
-            "Evaluation metrics are exact, so they would leak the protected examples.",
-            "Hold some examples out, or set DPArguments.nonprivate_metrics=True.",
-        )
-
-
 def _coupled(field: str, value: object, expected: str, why: str, remedy: str) -> ConfigurationError:
     return ConfigurationError(explain(field, value, expected, why, remedy))

@@ -54,7 +54,7 @@ def refuse_other_rows(dataset: Any, rows: Any, column: str | None) -> None:
     """
     if rows is dataset:
         return
-    one, other = _table(dataset), _table(rows)
+    one, other = table_of(dataset), table_of(rows)
     if len(rows) == len(dataset):
         if one is not None and other is not None and one.shows_the_rows_of(other):
             return
@@ -69,7 +69,7 @@ def refuse_other_rows(dataset: Any, rows: Any, column: str | None) -> None:
 
 
 @dataclass(frozen=True)
-class _Table:
+class Table:
     """What a dataset of `datasets` shows: places in columns of Arrow.
 
     Attributes:
@@ -82,7 +82,7 @@ class _Table:
     data: Any
     places: Any
 
-    def shows_the_rows_of(self, other: _Table) -> bool:
+    def shows_the_rows_of(self, other: Table) -> bool:
         """Whether both show the same rows in the same order, by the columns that they have in common."""
         if (self.places is None) != (other.places is None):
             return False
@@ -93,7 +93,7 @@ class _Table:
         return True in alike and False not in alike
 
 
-def _table(rows: Any) -> _Table | None:
+def table_of(rows: Any) -> Table | None:
     """The parts of a table of `datasets`; None for other data.
 
     The places are no part of its public interface. A version that has them elsewhere gives None, so that
@@ -102,7 +102,7 @@ def _table(rows: Any) -> _Table | None:
     columns, data = getattr(rows, "column_names", None), getattr(rows, "data", None)
     if columns is None or not hasattr(data, "column") or not hasattr(rows, "_indices"):
         return None
-    return _Table(columns, data, rows._indices)
+    return Table(columns, data, rows._indices)
 
 
 def _alike(one: Any, other: Any) -> bool | None:

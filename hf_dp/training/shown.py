@@ -10,8 +10,8 @@ from hf_dp.ledger import LEDGER_NAME
 from hf_dp.reports.markdown import privacy_section
 from hf_dp.reports.report import PrivacyReport
 from hf_dp.training.arguments import DPArguments
+from hf_dp.training.held_out import refuse_evaluation
 from hf_dp.training.lines import Lines
-from hf_dp.training.refused_parts import refuse_evaluation
 from hf_dp.training.spending import Spending
 
 if TYPE_CHECKING:
@@ -44,6 +44,8 @@ class ShownMixin(_Host):
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The host's evaluation; refused on the training data, whose metrics would be exact."""
         evaluated = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(evaluated, str):
+            evaluated = self.eval_dataset[evaluated]
         refuse_evaluation(self.train_dataset, evaluated, self.dp_args.nonprivate_metrics)
         prefix = kwargs.get("metric_key_prefix", args[1] if len(args) > 1 else "eval")
         with self._lines.evaluation(prefix):
