@@ -8,7 +8,7 @@ summed together, and gradients of the same small size are stacked.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from hf_dp.layers.scaled import ScaledProducts
 
 SMALL = 2**16
 """Numbers per unit up to which a gradient written out is stacked with others of its size."""
+SquaresOfSome = tuple[Sequence[str], Tensor, Tensor]
+"""Names of k parameters, and ``(k, B)`` each: squared norms, and what they would be if positions were
+orthogonal."""
 _PATIENCE = 4  # layers whose last positions are in use, until the others' are believed to be, too
 
 
@@ -34,8 +37,7 @@ class Books:
         self._groups: list[Group] = []
         self._small: dict[int, dict[str, Vec]] = defaultdict(dict)
         self._stacks: list[_Stack] = []
-        self._squared: dict[str, Tensor] = {}
-        self._uncancelled: dict[str, Tensor] = {}
+        self._squares: list[SquaresOfSome] = []
         self._grams = GramBatch()
         self._patience = _PATIENCE
 
@@ -51,34 +53,36 @@ class Books:
                 self._small[numbers][name] = written
                 return
         self._factors[name] = factor
-        if written is not None:
-            self._squared[name] = written.squared_norm()
-        elif type(factor) is Mat:
+        if written is None and type(factor) is Mat:
             self._grams.add(name, factor.left, factor.right)
         else:
-            self._squared[name] = factor.squared_norm()
-            self._uncancelled[name] = factor.uncancelled()
+            self._note([name], factor)
 
     def add_group(self, group: Group) -> None:
         """Keep the gradients of several parameters, and take their norms together."""
         factor = group.factor
         factor.settle()
         self._groups.append(group)
-        self._squared.update(group.each(factor.squared_norm()))
-        if factor.written() is None:
-            self._uncancelled.update(group.each(factor.uncancelled()))
+        self._note(group.names, factor)
+
+    def _note(self, names: Sequence[str], factor: Factor) -> None:
+        """The norms of a factor that has the units of each of these parameters in turn."""
+        squared = factor.squared_norm().view(len(names), -1)
+        settled = factor.written() is not None
+        uncancelled = squared if settled else factor.uncancelled().view(len(names), -1)
+        self._squares.append((names, squared, uncancelled))
 
     def norms(self, losses: Tensor) -> Norms:
         """Squared norms of all parameters; inf where the loss, ``(B,)``, is not finite."""
         for group in self._small.values():
             stack = _Stack(group)
-            self._squared.update(stack.squared_norms())
+            squared = stack.squared_norms()
+            self._squares.append((list(stack.shapes), squared, squared))
             self._stacks.append(stack)
         self._small.clear()
         for name, squares in self._grams.results().items():
-            self._squared[name] = squares.squared
-            self._uncancelled[name] = squares.uncancelled
-        return Norms(self._squared, self._uncancelled, losses)
+            self._squares.append(([name], squares.squared[None], squares.uncancelled[None]))
+        return Norms(self._squares, losses)
 
     def take_apart(self, norms: Norms, units: Tensor) -> None:
         """Norms of some units, ``(few, 1)``, anew from their gradients written out."""
@@ -132,18 +136,14 @@ class Norms:
         uncancelled: What their sum would be if positions were orthogonal, ``(B,)``.
     """
 
-    def __init__(
-        self, squared: Mapping[str, Tensor], uncancelled: Mapping[str, Tensor], losses: Tensor
-    ) -> None:
+    def __init__(self, squares: Sequence[SquaresOfSome], losses: Tensor) -> None:
         """Made by `Books.norms`."""
-        rows = list(squared.values()) or [torch.zeros_like(losses)]
-        self._all = torch.stack(rows)  # (P, B)
-        doubtful = torch.stack(
-            [uncancelled.get(name, row) for name, row in squared.items()] or rows
-        )
-        self.uncancelled = doubtful.sum(0)
+        none = torch.zeros_like(losses)[None]
+        names = [name for some, _, _ in squares for name in some] or [""]
+        self._all = torch.cat([squared for _, squared, _ in squares] or [none])  # (P, B)
+        self.uncancelled = torch.cat([other for _, _, other in squares] or [none]).sum(0)
         self._all.clamp_(min=0).masked_fill_(~torch.isfinite(losses), torch.inf)
-        self.squared = dict(zip(squared or [""], self._all.unbind(), strict=True))
+        self.squared = dict(zip(names, self._all.unbind(), strict=True))
 
     def total(self) -> Tensor:
         """Squared norm of each unit's whole gradient, ``(B,)``."""
@@ -159,9 +159,9 @@ class _Stack:
             [vec.values.reshape(len(vec.values), -1) for vec in group.values()], 1
         )  # (B, k, n)
 
-    def squared_norms(self) -> dict[str, Tensor]:
-        squares = squares_of_rows(self.values.flatten(0, 1)).view(self.values.shape[:2])
-        return dict(zip(self.shapes, squares.unbind(1), strict=True))
+    def squared_norms(self) -> Tensor:
+        """``(k, B)``."""
+        return squares_of_rows(self.values.flatten(0, 1)).view(self.values.shape[:2]).mT
 
     def sums(
         self,

@@ -132,11 +132,6 @@ class Group:
     names: Sequence[str]
     factor: Factor
 
-    def each(self, per_unit: Tensor) -> dict[str, Tensor]:
-        """``(k * B,)`` as ``(B,)`` by name."""
-        rows = per_unit.view(len(self.names), -1).unbind()
-        return dict(zip(self.names, rows, strict=True))
-
     def factors(self) -> Iterator[tuple[str, Factor]]:
         """Each parameter's factor alone."""
         written = self.factor.written()
@@ -147,7 +142,9 @@ class Group:
 
     def weighted_sums(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``sum_i weights[i] * gradient_i`` for each parameter; weights are ``(B,)`` by name."""
-        mine = torch.stack([weights[name] for name in self.names])  # (k, B)
+        each = [weights[name] for name in self.names]
+        alike = all(other is each[0] for other in each)
+        mine = each[0].expand(len(each), -1) if alike else torch.stack(each)  # (k, B)
         written, factor = self.factor.written(), self.factor
         if written is not None:
             values = written.values

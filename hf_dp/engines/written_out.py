@@ -58,7 +58,7 @@ def summed_written_out(
         passed.backward(write)
     losses = passed.losses
     with full_precision(losses.device):
-        norms = Norms(sums, {}, losses)
+        norms = Norms([([name], row[None], row[None]) for name, row in sums.items()], losses)
         total = norms.total()
         dropped = ~torch.isfinite(total)
         some = bool(dropped.any())
