@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from hf_dp.engines.base import ExampleLoss, GradientEngine, empty_sum
 from hf_dp.engines.sequential import SequentialEngine
-from hf_dp.errors import ConfigurationError, HfDpError, PrivacyError, explain
+from hf_dp.errors import ConfigurationError, HfDpError, explain
 from hf_dp.plan import PrivacyPlan
 from hf_dp.sums import ClippedSum, NoisySum
 from hf_dp.training.batches import OwnedRows
+from hf_dp.training.held import Held
 from hf_dp.training.memory import MemoryLimit
 from hf_dp.training.packing import APART, apart
 
@@ -44,7 +45,7 @@ def clipped_sum_of(
         PrivacyError: The model keeps something of the examples in a parameter or a buffer.
         ConfigurationError: An example does not fit in memory even by itself.
     """
-    before = _versions(model)
+    before = Held(model)
     limit = limit or MemoryLimit()
 
     def sum_over(inputs: Mapping[str, Any], whose: OwnedRows | None = None) -> ClippedSum:
@@ -69,14 +70,10 @@ def clipped_sum_of(
         )
         for part in parts:
             summed = part if summed is None else summed + part
-        _refuse_changes(model, before)
-    return empty_sum(model, plan.loss_release) if summed is None else summed
-
-
-def _versions(model: nn.Module) -> dict[str, tuple[Tensor, int]]:
-    """Parameters and buffers, each with the count of its changes in place."""
-    held = (*model.named_parameters(), *model.named_buffers())
-    return {name: (tensor, _version(tensor)) for name, tensor in held}
+    if summed is None:
+        return empty_sum(model, plan.loss_release)
+    before.refuse_changes(model)
+    return summed
 
 
 @contextlib.contextmanager
@@ -110,26 +107,6 @@ def tracked(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         return {APART: [tracked(piece) for piece in pieces]}
     made = {n: v.clone() for n, v in inputs.items() if isinstance(v, Tensor) and v.is_inference()}
     return {**inputs, **made} if made else inputs
-
-
-def _refuse_changes(model: nn.Module, before: Mapping[str, tuple[Tensor, int]]) -> None:
-    """Refuse what the forward pass changed: it carries examples, unnoised, into later steps and files."""
-    for name, (tensor, version) in _versions(model).items():
-        old, old_version = before.get(name, (tensor, version))
-        if tensor is old:
-            changed = version != old_version
-        else:  # put there anew; a table of positions may grow
-            changed = tensor.shape == old.shape and not torch.equal(tensor, old.to(tensor.device))
-        if changed:
-            raise PrivacyError(
-                f"model.{name}: expected a tensor that the forward pass leaves as it is. It gathers "
-                "statistics of private examples, neither clipped nor noised, and is saved with the model. "
-                "Switch running statistics off (track_running_stats=False), or replace the layer."
-            )
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def set_gradients(model: nn.Module, released: NoisySum, divisor: float) -> None:
