@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,18 @@ class _Forward(nn.Module):
         self, args: Sequence[Any], kwargs: dict[str, Any], then: Callable[[Any], Any]
     ) -> Any:
         return then(self.inner.forward(*args, **kwargs))
+
+
+def _named_once(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Each parameter, as `_Forward` names it, once for each module that holds it.
+
+    A module that is registered in two places has two names; what is replaced under both would be put
+    back as it was under the first, then as it was under the second: replaced.
+    """
+    for prefix, part in module.named_modules(prefix="inner"):
+        for key, parameter in part._parameters.items():
+            if parameter is not None:
+                yield f"{prefix}.{key}", parameter
 
 
 def _as_it_is(outputs: list[Tensor]) -> list[Tensor]:
@@ -102,8 +114,8 @@ class WholeCall:
         """
         replaced = dict(zip(map(id, self.parameters), values, strict=True))
         tensors = {
-            f"inner.{name}": replaced.get(id(p), p.detach())
-            for name, p in self.module.named_parameters(remove_duplicate=False)
+            name: replaced.get(id(parameter), parameter.detach())
+            for name, parameter in _named_once(self.module)
         }
         args, kwargs = tree_unflatten(list(arguments), self.spec)
         enabled, dtype = self.autocast

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from engine_zoo import Batch, assert_same_sum, naive
+from left_alone import left_alone
 from torch import Tensor, nn
 
 from hf_dp.clipping import FlatClipping
@@ -47,9 +48,10 @@ def book_kept(
     engine: BookKeepingEngine | None = None,
     **options: Any,
 ) -> ClippedSum:
-    return (engine or BookKeepingEngine()).clipped_sum(
-        model, inputs, example_loss=loss, clipping=FlatClipping(C), **options
-    )
+    with left_alone(model):
+        return (engine or BookKeepingEngine()).clipped_sum(
+            model, inputs, example_loss=loss, clipping=FlatClipping(C), **options
+        )
 
 
 def check(model: nn.Module, inputs: Batch, loss: ExampleLoss = squares) -> None:
