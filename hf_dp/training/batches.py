@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,9 +16,8 @@ from hf_dp.engines.owners import Owners
 from hf_dp.engines.rows import batch_size
 from hf_dp.errors import ConfigurationError, PrivacyError, explain
 from hf_dp.sampling.base import BatchSampler
-from hf_dp.training.padding import padded_on_the_left
+from hf_dp.training.joining import USUAL_FILLS, Collator, Fills, join, kind_of, width_of
 
-Collator = Callable[[list[Any]], Any]
 RowCheck = Callable[[int, Any], None]
 
 _PASSES = itertools.count(
@@ -113,38 +113,43 @@ def drawn(inputs: Any) -> LogicalBatch:
 
 @dataclass(eq=False)
 class LogicalBatchCollator:
-    """Orders a draw by length and collates it in micro-batches.
+    """Collates each example of a draw by itself, and joins those that are alike to micro-batches.
 
-    The order inside a draw is free of privacy cost: the sum does not depend on it.
+    In each, the longest come first. The order inside a draw is free of privacy cost: the sum does not
+    depend on it.
 
     Attributes:
-        collator: The Trainer's own; makes a batch of examples.
-        micro_batch_size: Examples in memory at once, at most; with 1, each is collated by itself.
+        collator: The Trainer's own; it is given one example at a time.
+        micro_batch_size: Examples in memory at once, at most.
         length_key: The field whose length counts.
         max_tokens: Examples times longest length in memory at once, at most, in place of
             `micro_batch_size`; an example longer than that is a micro-batch by itself.
+        fills: What shorter examples are filled up with, by column.
     """
 
     collator: Collator
     micro_batch_size: int
     length_key: str
     max_tokens: int | None = None
+    fills: Fills = field(default_factory=lambda: USUAL_FILLS)
 
     def __call__(self, examples: list[Any]) -> LogicalBatch:
         """Collate one draw; an empty one gives no micro-batch."""
-        ordered = sorted(examples, key=self._length, reverse=True)
-        batches = [self._collated(piece) for piece in self._pieces(ordered)]
-        if batches and not self.one_by_one:
-            self._require_marked_padding(ordered, batches)
+        alike: dict[Hashable, list[Any]] = defaultdict(list)
+        for example in examples:
+            batch = self._collated(example)
+            alike[kind_of(batch, self.fills)].append(batch)
+        pieces = itertools.chain.from_iterable(map(self._pieces, alike.values()))
+        batches = [join(piece, self.fills) for piece in pieces]
         return LogicalBatch(batches, getattr(examples, "place", None))
 
     @property
     def one_by_one(self) -> bool:
-        """Whether every example is collated by itself."""
+        """Whether every example is a micro-batch by itself."""
         return self.micro_batch_size == 1 and self.max_tokens is None
 
-    def _pieces(self, ordered: list[Any]) -> Iterator[list[Any]]:
-        start = 0
+    def _pieces(self, batches: list[Any]) -> Iterator[list[Any]]:
+        ordered, start = sorted(batches, key=self._length, reverse=True), 0
         while start < len(ordered):
             size = self._at_once(self._length(ordered[start]))
             yield ordered[start : start + size]
@@ -156,16 +161,15 @@ class LogicalBatchCollator:
             return max(1, self.max_tokens // longest)
         return self.micro_batch_size
 
-    def _collated(self, piece: list[Any]) -> Any:
-        """One micro-batch; rows are clipped one by one, so each must be one whole example."""
-        size = len(piece)  # before the collator, which may empty the list
-        batch = self.collator(piece)
-        if batch_size(batch) != size:
+    def _collated(self, example: Any) -> Mapping[str, Any]:
+        """One example's batch; rows are clipped one by one, so it must be one whole row."""
+        batch = self.collator([example])
+        if not isinstance(batch, Mapping) or batch_size(batch) != 1:
             raise ConfigurationError(
                 explain(
                     "data_collator",
                     self._name(),
-                    "one row for each example",
+                    "columns with one row for each example",
                     "A row is clipped as a whole: an example in several rows would count several times, "
                     "and of several examples in one row none could be told apart.",
                     "Split or join texts in the dataset, whose rows are what is protected, and not in the "
@@ -174,49 +178,12 @@ class LogicalBatchCollator:
             )
         return batch
 
-    def _require_marked_padding(self, ordered: list[Any], batches: list[Any]) -> None:
-        """Refuse padding that the model would read or count: its amount tells of the neighbours."""
-        first, last = self._length(ordered[0]), self._length(ordered[-1])
-        hidden = first == 0 and self.length_key == "input_ids"  # the collator makes the tokens
-        for batch in batches:
-            mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-            if (
-                mask is None
-                and hidden
-                and not (isinstance(batch, Mapping) and "input_ids" in batch)
-            ):
-                raise self._refusal(
-                    "an attention_mask, or examples with the field that model.main_input_name says "
-                    "('input_ids' where a model says none), whose length shows that nothing is padded",
-                    "Name the field that your model takes: model.main_input_name = 'pixel_values', say. "
-                    "Where its length differs, return attention_mask from the collator.",
-                )
-            if mask is None and (first != last or hidden):
-                raise self._refusal(
-                    "an attention_mask for examples of different lengths",
-                    "Return attention_mask from the collator (DataCollatorWithPadding does), or pad all "
-                    "examples to one length in the dataset.",
-                )
-            if isinstance(mask, torch.Tensor) and mask.dim() == 2 and padded_on_the_left(mask):
-                raise self._refusal(
-                    "padding on the right",
-                    "Set tokenizer.padding_side = 'right', or per_device_train_batch_size=1 (the logical "
-                    "batch keeps its size with DPArguments.expected_batch_size).",
-                )
-
-    def _refusal(self, expected: str, remedy: str) -> ConfigurationError:
-        why = "Otherwise an example's loss depends on how far its neighbours made it be padded."
-        return ConfigurationError(explain("data_collator", self._name(), expected, why, remedy))
-
     def _name(self) -> str:
         # The host wraps a collator to remove columns.
         return type(getattr(self.collator, "data_collator", self.collator)).__name__
 
-    def _length(self, example: Any) -> int:
-        try:
-            return len(example[self.length_key])
-        except (TypeError, KeyError, IndexError):
-            return 0
+    def _length(self, batch: Mapping[str, Any]) -> int:
+        return width_of(batch, self.length_key)
 
 
 class LogicalBatchSampler(Sampler[list[int]]):

@@ -37,6 +37,7 @@ from hf_dp.training.batches import (
 from hf_dp.training.checkpoints import resolve_checkpoint
 from hf_dp.training.chosen_noise import num_noised, warn_of_dear_noise
 from hf_dp.training.held_out import refuse_evaluation
+from hf_dp.training.joining import USUAL_FILLS
 from hf_dp.training.lines import Lines, guard
 from hf_dp.training.losses import default_loss_ceiling
 from hf_dp.training.made_up import LENGTHS
@@ -117,6 +118,7 @@ class DPTrainerMixin(SettledMixin, ShownMixin):
         self.accountant: Accountant = accountant_named(self.dp_args.accountant)
         self.coins: Coins = coins or SecretCoins()
         self.engine = engine_named(self.dp_args.engine, layer_rules)
+        self._set_aside = None
         self._given_plan = plan
         self._given_loss = example_loss
         self._choice = None
@@ -237,10 +239,11 @@ class DPTrainerMixin(SettledMixin, ShownMixin):
         size = 1 if alone else self.args.per_device_train_batch_size
         tokens = None if alone else self.dp_args.max_tokens_per_micro_batch
         reduction = self.dp_args.reduction
+        fills = {**USUAL_FILLS, **self._fills}
         collator = (
-            LogicalBatchCollator(host.collate_fn, size, key, tokens)
+            LogicalBatchCollator(host.collate_fn, size, key, tokens, fills)
             if reduction is None
-            else UserCollator(host.collate_fn, size, key, tokens, reduction)
+            else UserCollator(host.collate_fn, size, key, tokens, fills, reduction)
         )
         announce_users(self.dp_args, size, tokens)
         self._lines.exact.users_cut = self._ownership.num_cut(self.train_dataset)

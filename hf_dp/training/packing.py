@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import itertools
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from hf_dp.engines.owners import Owners, UserReduction
 from hf_dp.training.batches import LogicalBatch, LogicalBatchCollator, OwnedRows
+from hf_dp.training.joining import join, kind_of
 
 APART = "collated apart"
-"""The one field of a micro-batch of one user whose examples were collated each by itself: their batches."""
+"""The one field of a micro-batch whose examples stay apart: their batches."""
 
-_User = list[Any]
+_User = list[Mapping[str, Any]]
 
 
 @dataclass(eq=False)
@@ -30,12 +33,14 @@ class UserCollator(LogicalBatchCollator):
 
     def __call__(self, examples: list[Any]) -> LogicalBatch:
         """Collate one draw; an empty one gives no micro-batch."""
-        packs = list(self._packs(_users(examples)))
+        alike: dict[Hashable, list[_User]] = defaultdict(list)
+        for user in _users(examples):
+            rows = [self._collated(example) for example in user]
+            kinds = {kind_of(row, self.fills) for row in rows}
+            alike[kinds.pop() if len(kinds) == 1 else id(rows)].append(rows)
+        packs = list(itertools.chain.from_iterable(map(self._packs, alike.values())))
         owned = [self._owned(pack) for pack in packs]
-        batches = [self._collated_users(pack) for pack in packs]
-        if batches and not self.one_by_one:
-            ordered = sorted(examples, key=self._length, reverse=True)
-            self._require_marked_padding(ordered, batches)
+        batches = [self._joined(pack) for pack in packs]
         return LogicalBatch(batches, getattr(examples, "place", None), owned)
 
     def _packs(self, users: list[_User]) -> Iterator[list[_User]]:
@@ -56,17 +61,18 @@ class UserCollator(LogicalBatchCollator):
         sizes = tuple(map(len, pack))
         return OwnedRows(Owners(sizes, self.reduction), self._at_once(self._longest(pack)))
 
-    def _collated_users(self, pack: list[_User]) -> Any:
+    def _joined(self, pack: list[_User]) -> Mapping[str, Any]:
         rows = [row for user in pack for row in user]
-        if self.one_by_one and len(rows) > 1:
-            return {APART: [self._collated([row]) for row in rows]}
-        return self._collated(rows)
+        kinds = {kind_of(row, self.fills) for row in rows}
+        if len(rows) > 1 and (self.one_by_one or len(kinds) > 1):
+            return {APART: rows}
+        return join(rows, self.fills)
 
     def _longest(self, users: list[_User]) -> int:
         return max(self._length(row) for user in users for row in user)
 
 
-def _users(examples: list[Any]) -> list[_User]:
+def _users(examples: list[Any]) -> list[list[Any]]:
     """The rows of each drawn user."""
     users, start = [], 0
     for size in getattr(examples, "sizes", None) or ():
@@ -76,5 +82,5 @@ def _users(examples: list[Any]) -> list[_User]:
 
 
 def apart(inputs: Mapping[str, Any]) -> list[Mapping[str, Any]] | None:
-    """The batches of examples that were collated each by itself; None in an ordinary micro-batch."""
+    """The batches of examples that stay apart; None in an ordinary micro-batch."""
     return inputs.get(APART)

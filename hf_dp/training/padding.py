@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -61,32 +61,6 @@ def padding_matters(
     except Exception as error:  # the loss is foreign code
         logger.debug("the loss could not be tried: %s", type(error).__name__)
     return True
-
-
-def collators_padding(collate: Callable[[list[Any]], Any], item: Any, key: str) -> int | None:
-    """The token that a collator pads with, seen where it batches an example with its double.
-
-    Args:
-        collate: The data collator.
-        item: An example; of the result nothing but the padding is looked at.
-        key: Name of its tokens.
-    """
-    try:
-        own = [int(token) for token in item[key]]
-        double = {
-            name: [*value, *value] if _is_row(value, len(own)) else value
-            for name, value in item.items()
-        }
-        tail = collate([copy.deepcopy(item), copy.deepcopy(double)])[key][0, len(own) :]
-        found = set(tail.tolist())
-    except Exception as error:  # a foreign collator may want anything
-        logger.debug("the collator's padding is not known: %s", type(error).__name__)
-        return None
-    return int(found.pop()) if len(found) == 1 else None
-
-
-def _is_row(value: Any, length: int) -> bool:
-    return isinstance(value, list | tuple | Tensor) and len(value) == length
 
 
 def _wide(model: nn.Module) -> nn.Module:

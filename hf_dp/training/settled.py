@@ -20,11 +20,11 @@ from hf_dp.training.batches import without_column
 from hf_dp.training.choice import Choice, announce, choose
 from hf_dp.training.chosen_noise import norm_of
 from hf_dp.training.explaining import explain_training
+from hf_dp.training.joining import Fills, fills_of
 from hf_dp.training.lines import Lines
-from hf_dp.training.mixing import refuse_mixing
+from hf_dp.training.memoryless import refuse_memory
 from hf_dp.training.ownership import Ownership
 from hf_dp.training.packing import apart
-from hf_dp.training.padding import collators_padding
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Host
@@ -39,7 +39,9 @@ class SettledMixin(_Host):
 
     coins: Coins
     engine: GradientEngine
+    _set_aside: GradientEngine | None  # the engine that was asked for, where another is needed
     _choice: Choice | None
+    _fills: Fills
     _given_loss: ExampleLoss | None
     _ownership: Ownership
     dp_args: DPArguments
@@ -53,31 +55,34 @@ class SettledMixin(_Host):
         return norm_of(self.dp_args)
 
     def _settle_loss(self, host: DataLoader[Any]) -> Choice:
-        """Choose the loss of each example before any batch is drawn, on made-up examples."""
-        if self._choice is None:
-            own = type(self).compute_loss.__module__.partition(".")[0] in _TRUSTED_HOSTS
-            with (
-                self._lines.silent(),
-                self.coins.for_library_code(),
-                self.compute_loss_context_manager(),
-            ):
-                item = self._first(host)
-                refuse_mixing(host.collate_fn, item)
-                columns = host.collate_fn([copy.deepcopy(item)])
-                self._choice = choose(
-                    self.model,
-                    self._prepare_inputs(columns),
-                    lambda model, alone: self.compute_loss(model, alone),
-                    given=self._given_loss,
-                    trusted=own and self.compute_loss_func is None,
-                    label_smoothing=self.args.label_smoothing_factor,
-                    padding_id=collators_padding(
-                        host.collate_fn, item, getattr(self.model, "main_input_name", "input_ids")
-                    ),
-                )
-            announce(self._choice)
-            if self._choice.is_definition:
-                self.engine = SequentialEngine()
+        """Choose the loss of each example before any batch is drawn, on made-up examples.
+
+        Anew for each run: model, data, collator and loss may be others than in the last.
+        """
+        own = type(self).compute_loss.__module__.partition(".")[0] in _TRUSTED_HOSTS
+        with (
+            self._lines.silent(),
+            self.coins.for_library_code(),
+            self.compute_loss_context_manager(),
+        ):
+            item = self._first(host)
+            refuse_memory(host.collate_fn, item)
+            self._fills = fills_of(host.collate_fn, item)
+            padding = self._fills.get(getattr(self.model, "main_input_name", "input_ids"))
+            self._choice = choose(
+                self.model,
+                self._prepare_inputs(host.collate_fn([copy.deepcopy(item)])),
+                lambda model, alone: self.compute_loss(model, alone),
+                given=self._given_loss,
+                trusted=own and self.compute_loss_func is None,
+                label_smoothing=self.args.label_smoothing_factor,
+                padding_id=None if padding is None else int(padding),
+            )
+        announce(self._choice)
+        if self._choice.is_definition and self._set_aside is None:
+            self._set_aside, self.engine = self.engine, SequentialEngine()
+        elif not self._choice.is_definition and self._set_aside is not None:
+            self.engine, self._set_aside = self._set_aside, None
         return self._choice
 
     def explain_engine(self, length: int = 128) -> EngineReport:

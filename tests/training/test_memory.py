@@ -230,7 +230,7 @@ def test_without_a_budget_the_number_of_rows_counts() -> None:
 
 def test_examples_of_unknown_length_are_cut_by_their_number() -> None:
     collator = LogicalBatchCollator(
-        lambda rows: {"x": torch.zeros(len(rows), 2), "attention_mask": torch.ones(len(rows), 2)},
+        lambda rows: {"x": torch.zeros(len(rows), 2)},
         3,
         "text",
         100,

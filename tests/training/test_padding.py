@@ -9,14 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import transformers as tf
 from loss_zoo import batch, build
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_dp.layers.randomness import Randomness
 from hf_dp.training.made_up import made_up_rows
-from hf_dp.training.padding import collators_padding, padding_matters
+from hf_dp.training.padding import padding_matters
 
 VOCAB, PAD = 23, 3
 
@@ -144,15 +143,6 @@ class Tokenizer:
             ),
             "labels": torch.tensor([f["label"] for f in features]),
         }
-
-
-def test_the_collators_padding_is_read_off_its_result() -> None:
-    collate = tf.DataCollatorWithPadding(Tokenizer())
-    item = {"input_ids": [5, 6, 7], "label": 1}
-    assert collators_padding(collate, item, "input_ids") == PAD
-    assert item == {"input_ids": [5, 6, 7], "label": 1}
-    assert collators_padding(collate, {"text": "a b"}, "input_ids") is None
-    assert collators_padding(lambda items: 1 / 0, item, "input_ids") is None
 
 
 class DropsPaths(Pooled):

@@ -127,12 +127,12 @@ def test_evaluating_on_the_training_data(tmp_path: Path) -> None:
 
 
 def test_the_collators_own_name_is_said(tmp_path: Path) -> None:
-    class Halves:
+    class Doubles:
         def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-            return {name: value[::2] for name, value in collate(rows).items()}
+            return {name: value.repeat_interleave(2, 0) for name, value in collate(rows).items()}
 
-    trainer = trainer_for(tmp_path, data_collator=Halves(), dp={"expected_batch_size": 40})
-    with pytest.raises(ConfigurationError, match="data_collator='Halves'"):
+    trainer = trainer_for(tmp_path, data_collator=Doubles(), dp={"expected_batch_size": 40})
+    with pytest.raises(ConfigurationError, match="data_collator='Doubles'"):
         trainer.train()
 
 

@@ -13,8 +13,6 @@ from torch.nn import functional as F
 
 from hf_dp import DPTrainer
 from hf_dp.engines import SequentialEngine
-from hf_dp.errors import ConfigurationError
-from hf_dp.training.batches import LogicalBatchCollator
 
 
 def test_a_loss_without_fast_form_is_taken_one_example_at_a_time(
@@ -38,12 +36,14 @@ def pad_left(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
     return batch
 
 
-def test_padding_on_the_left_is_refused(tmp_path: Path) -> None:
-    """It shifts absolute positions, so a batch mate's length would change a gradient."""
-    with pytest.raises(ConfigurationError, match="padding on the right"):
-        trainer_for(tmp_path / "a", data_collator=pad_left).train()
-    alone = {"per_device_train_batch_size": 1}
-    trainer_for(tmp_path / "b", data_collator=pad_left, host=alone).train()
+def test_a_collator_that_pads_on_the_left_pads_nothing(tmp_path: Path) -> None:
+    """It would shift absolute positions; examples that it was given alone are filled up on the right."""
+    trainer = trainer_for(tmp_path, data_collator=pad_left)
+    for batch in trainer.get_train_dataloader():
+        for micro_batch in batch.micro_batches:
+            mask = micro_batch["attention_mask"]
+            assert torch.equal(mask, mask.sort(1, descending=True).values)
+    trainer.train()
 
 
 def test_a_loss_that_depends_on_the_padding_is_taken_on_each_example_alone(
@@ -103,21 +103,6 @@ def test_without_a_mask_every_example_is_collated_by_itself(
     )
 
 
-def test_padding_that_nothing_marks_is_refused() -> None:
-    def unmasked(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        return {"input_ids": collate(rows)["input_ids"]}
-
-    data = Sentences()
-    collator = LogicalBatchCollator(unmasked, 4, "input_ids")
-    with pytest.raises(ConfigurationError, match="attention_mask"):
-        collator([data[index] for index in range(8)])
-    hidden = LogicalBatchCollator(
-        lambda texts: unmasked([data[int(t)] for t in texts]), 4, "input_ids"
-    )
-    with pytest.raises(ConfigurationError, match="attention_mask"):
-        hidden(["1", "2", "3", "4"])
-
-
 class Plain(nn.Module):
     """A module of one's own, of which nothing says what it takes."""
 
@@ -130,7 +115,7 @@ class Plain(nn.Module):
 
 
 @pytest.mark.parametrize("unit", [{}, {"privacy_unit": "user"}])
-def test_a_module_that_names_no_input_is_told_to(tmp_path: Path, unit: dict[str, str]) -> None:
+def test_a_module_need_not_name_its_input(tmp_path: Path, unit: dict[str, str]) -> None:
     """With batches of several rows and the host's own collator, which pads nothing."""
     data = [
         {"x": torch.full((3,), 0.1 * row), "labels": row % 2, "user_id": row % 5}
@@ -143,8 +128,4 @@ def test_a_module_that_names_no_input_is_told_to(tmp_path: Path, unit: dict[str,
         "host": {"max_steps": 1},
         "dp": {**unit, "expected_batch_size": 5},
     }
-    with pytest.raises(ConfigurationError, match=r"model\.main_input_name = "):
-        trainer_for(tmp_path / "unnamed", model=Plain(), **options).train()
-    model = Plain()
-    model.main_input_name = "x"
-    trainer_for(tmp_path / "named", model=model, **options).train()
+    trainer_for(tmp_path, model=Plain(), **options).train()

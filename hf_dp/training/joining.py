@@ -1,0 +1,164 @@
+"""Micro-batches out of batches of one example each: a data collator never sees two examples together.
+
+So it cannot mix them, nor cut, pad, scale or name the columns of one by what another holds. Examples whose
+columns are alike are put one under the other; those that are shorter are filled up on the right where
+``attention_mask`` marks it, in the columns in which the collator itself fills up. Others stay apart.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_dp.training.padding import padded_on_the_left
+from hf_dp.training.reductions import IGNORED
+
+logger = logging.getLogger(__name__)
+
+Collator = Callable[[list[Any]], Any]
+Fills = Mapping[str, int | float]
+"""Column -> what shorter examples are filled up with."""
+
+MASK = "attention_mask"
+USUAL_FILLS: Fills = {
+    "input_ids": 0,
+    "token_type_ids": 0,
+    "position_ids": 0,
+    "labels": IGNORED,
+    "decoder_input_ids": 0,
+    "decoder_attention_mask": 0,
+    MASK: 0,
+}
+"""Where no collator says otherwise; that it does not matter which is tried before training."""
+
+_FIXED = frozenset(
+    {"labels", "decoder_attention_mask", MASK}
+)  # nothing else marks what is no example's
+_OF_THE_TARGET = frozenset({"labels", "decoder_input_ids", "decoder_attention_mask"})
+
+
+def fills_of(collate: Collator, item: Any) -> dict[str, int | float]:
+    """What a collator fills columns up with, seen where it batches an example with its double.
+
+    Args:
+        collate: The data collator; here alone it sees two examples, of which one is made up.
+        item: An example; of the result nothing but the padding is looked at.
+    """
+    try:
+        alone = collate([copy.deepcopy(item)])
+        both = collate([copy.deepcopy(item), _doubled(copy.deepcopy(item))])
+        found = {name: _fill(alone[name], both[name], both.get(MASK)) for name in alone}
+    except Exception as error:  # a foreign collator may want anything
+        logger.debug("the collator's padding is not known: %s", type(error).__name__)
+        return {}
+    return {name: f for name, f in found.items() if f is not None and name not in _FIXED}
+
+
+def kind_of(batch: Mapping[str, Any], fills: Fills) -> Hashable:
+    """What two batches of one example have in common if `join` may put them together."""
+    return type(batch), tuple(
+        (name, _kind(name, value, batch, fills)) for name, value in sorted(batch.items())
+    )
+
+
+def join(batches: Sequence[Mapping[str, Any]], fills: Fills) -> Mapping[str, Any]:
+    """One batch of all the examples, in their order.
+
+    Args:
+        batches: Of one example each and of one kind (`kind_of`).
+        fills: For columns along which examples differ in length.
+    """
+    if len(batches) == 1:
+        return batches[0]
+    joined: Any = copy.copy(batches[0])
+    for name in batches[0]:
+        joined[name] = _joined([batch[name] for batch in batches], fills.get(name, 0))
+    return joined  # type: ignore[no-any-return]
+
+
+def width_of(batch: Mapping[str, Any], key: str) -> int:
+    """Positions of an example, by the model's main input or else by its mask; 0 where it has none."""
+    for name in (key, MASK):
+        value = batch.get(name)
+        if isinstance(value, Tensor) and value.dim() >= 2:
+            return value.shape[1]
+    return 0
+
+
+def _kind(name: str, value: Any, batch: Mapping[str, Any], fills: Fills) -> Hashable:
+    if isinstance(value, Tensor):
+        if value.layout != torch.strided:
+            return id(value)
+        if value.dim() == 0:
+            return value.dtype, value.device, value.item()
+        free = _is_filled_up(name, value, batch, fills)
+        return value.dtype, value.device, (None, *value.shape[2:]) if free else value.shape[1:]
+    if isinstance(value, np.ndarray):
+        return value.dtype.str, value.shape[1:]
+    if isinstance(value, Mapping):
+        return kind_of(value, {})
+    if isinstance(value, list | tuple):
+        return type(value)
+    return type(value), value if isinstance(value, Hashable) else id(value)
+
+
+def _is_filled_up(name: str, value: Tensor, batch: Mapping[str, Any], fills: Fills) -> bool:
+    mask = batch.get(MASK)
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or value.dim() < 2:
+        return False
+    if name not in fills or (name == "labels" and value.is_floating_point()):
+        return False
+    return name in _OF_THE_TARGET or value.shape[1] == mask.shape[1]
+
+
+def _joined(values: Sequence[Any], fill: int | float) -> Any:
+    first = values[0]
+    if isinstance(first, Tensor):
+        if first.dim() == 0:
+            return first
+        if all(value.shape == first.shape for value in values):
+            return torch.cat(list(values))
+        width = max(value.shape[1] for value in values)
+        made = first.new_full((len(values), width, *first.shape[2:]), fill)
+        for row, value in zip(made, values, strict=True):
+            row[: value.shape[1]] = value[0]
+        return made
+    if isinstance(first, np.ndarray):
+        return np.concatenate(values) if first.ndim else first
+    if isinstance(first, Mapping):
+        return join(values, {})
+    if isinstance(first, list | tuple):
+        return [one for value in values for one in value]
+    return first
+
+
+def _fill(one: Any, two: Any, mask: Any) -> int | float | None:
+    """The one value that stands behind, or before, the first example where the second is longer."""
+    if not isinstance(one, Tensor) or not isinstance(two, Tensor):
+        return None
+    if one.dim() < 2 or one.dim() != two.dim() or two.shape[1] <= one.shape[1]:
+        return None
+    left = isinstance(mask, Tensor) and mask.dim() == 2 and padded_on_the_left(mask[:1])
+    values = (two[0, : -one.shape[1]] if left else two[0, one.shape[1] :]).unique()
+    return values.item() if len(values) == 1 else None
+
+
+def _doubled(value: Any) -> Any:
+    """An example twice as long: sequences of numbers and texts, one after the other."""
+    if isinstance(value, Mapping):
+        return {name: _doubled(inner) for name, inner in value.items()}
+    if isinstance(value, str):
+        return f"{value} {value}"
+    if isinstance(value, list | tuple):
+        return type(value)([*value, *value])
+    if isinstance(value, Tensor) and value.dim() > 0:
+        return torch.cat([value, value])
+    if isinstance(value, np.ndarray) and value.ndim > 0:
+        return np.concatenate([value, value])
+    return value
