@@ -23,6 +23,7 @@ from hf_dp.training.explaining import explain_training
 from hf_dp.training.joining import Fills, fills_of
 from hf_dp.training.lines import Lines
 from hf_dp.training.memoryless import refuse_memory
+from hf_dp.training.missing import refuse_missing_labels
 from hf_dp.training.ownership import Ownership
 from hf_dp.training.packing import apart
 
@@ -65,6 +66,9 @@ class SettledMixin(_Host):
             self.coins.for_library_code(),
             self.compute_loss_context_manager(),
         ):
+            refuse_missing_labels(
+                host.dataset, host.collate_fn, self.label_names, self._ownership.column
+            )
             item = self._first(host)
             refuse_memory(host.collate_fn, item)
             self._fills = fills_of(host.collate_fn, item)
