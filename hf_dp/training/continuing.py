@@ -93,7 +93,16 @@ def _same_plan(written: Mapping[str, Any], planned: Mapping[str, Any], path: Pat
     for key in sorted((set(before) | set(now)) - {"num_steps"}):
         if before.get(key) != now.get(key):
             raise _other_plan(f"plan.{key}", before.get(key), now.get(key), path)
-
+    if written.get("preflight") and planned.get("preflight") is False:
+        raise LedgerMismatchError(
+            explain(
+                "DPArguments.preflight",
+                False,
+                "True, as in the ledger",
+                "Its header tells every later reader that model and engine were checked before each start.",
+                "Resume with it, or begin a new run in another output_dir.",
+            )
+        )
     if planned["nonprivate_metrics"] and not written.get("nonprivate_metrics"):
         raise LedgerMismatchError(
             explain(

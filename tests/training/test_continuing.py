@@ -104,6 +104,24 @@ def test_exact_metrics_cannot_begin_behind_the_headers_back(tmp_path: Path) -> N
         )
 
 
+def test_the_preflight_cannot_end_behind_the_headers_back(tmp_path: Path) -> None:
+    trainer_for(tmp_path, host=SAVING).train()
+    more, off = {**SAVING, "max_steps": 8}, {"preflight": False}
+    with pytest.raises(LedgerMismatchError, match=r"^DPArguments\.preflight=False"):
+        trainer_for(tmp_path, host=more, dp=off).train(resume_from_checkpoint=True)
+    assert releases(tmp_path) == 6
+    trainer_for(tmp_path, host=more).train(resume_from_checkpoint=True)
+    assert releases(tmp_path) == 8
+
+
+def test_a_run_without_preflight_stays_one_in_the_report(tmp_path: Path) -> None:
+    trainer_for(tmp_path, host=SAVING, dp={"preflight": False}).train()
+    for dp in ({}, {"preflight": False}):
+        resumed = trainer_for(tmp_path, host={**SAVING, "max_steps": 8}, dp=dp)
+        resumed.train(resume_from_checkpoint=True)
+        assert "preflight was switched off" in str(resumed.privacy_report())
+
+
 def test_exact_metrics_may_end_and_stay_in_the_report(tmp_path: Path) -> None:
     trainer_for(tmp_path, host=SAVING, dp={"nonprivate_metrics": True}).train()
     resumed = trainer_for(tmp_path, host={**SAVING, "max_steps": 8})
