@@ -25,7 +25,6 @@ from hf_dp.engines.base import trainable_parameters
 from hf_dp.errors import PrivacyError
 from hf_dp.layers import DEFAULT_LAYER_RULES, LayerRules
 from hf_dp.plan import PrivacyPlan
-from hf_dp.reports.of_users import in_words
 from hf_dp.training.arguments import DPArguments, checked
 from hf_dp.training.batches import (
     LogicalBatch,
@@ -46,7 +45,13 @@ from hf_dp.training.ownership import Ownership, announce_users, given_dataset
 from hf_dp.training.packing import UserCollator
 from hf_dp.training.planning import Schedule, plan_for, schedule
 from hf_dp.training.refusals import private_copy, refuse_launcher, refuse_options
-from hf_dp.training.refused_parts import refuse_collator, refuse_dataset, refuse_model
+from hf_dp.training.refused_parts import (
+    refuse_collator,
+    refuse_dataset,
+    refuse_model,
+    refuse_optimizer,
+    refuse_sampler,
+)
 from hf_dp.training.rehearsal import rehearse
 from hf_dp.training.settled import SettledMixin
 from hf_dp.training.shown import ShownMixin
@@ -200,11 +205,7 @@ class DPTrainerMixin(SettledMixin, ShownMixin):
         self._run_id = self._spending.ledger.run_id
         self._lines.begin(self._spending)
         guard(self.callback_handler, self._lines)
-        logger.info(
-            "hf_dp: %s, delta = %.3g, accountant %s", claim.plan, claim.delta, self.accountant.name
-        )
-        if claim.users is not None:
-            logger.info("hf_dp: users: %s", in_words(claim.users))
+        claim.announce(self.dp_args)
         warn_of_dear_noise(claim.plan)
         announce_earlier(earlier, self._spending)
         try:
@@ -227,6 +228,7 @@ class DPTrainerMixin(SettledMixin, ShownMixin):
         if self._spending is not None:
             self._spending.require(claim)
         host = super().get_train_dataloader()
+        refuse_sampler(host)
         alone = self._settle_loss(host).alone
         key = getattr(self.model, "main_input_name", "input_ids")
         sampler = LogicalBatchSampler(
@@ -287,6 +289,7 @@ class DPTrainerMixin(SettledMixin, ShownMixin):
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
+        refuse_optimizer(self.optimizer, model)
         batch = drawn(inputs)
         with self._lines.silent(), self.coins.for_library_code(), reentrant_refused():
             self._rehearse(model, plan)

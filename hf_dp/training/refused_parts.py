@@ -6,7 +6,13 @@ from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.data import IterableDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+)
 from transformers import PreTrainedConfig
 
 from hf_dp.errors import ConfigurationError, explain
@@ -17,6 +23,7 @@ _CONTRASTIVE = frozenset(
     | {"metaclip_2", "owlvit", "siglip", "siglip2", "vision-text-dual-encoder", "xclip"}
 )
 
+_SAMPLERS = ("torch.", "accelerate.")  # where those of the Trainer come from
 _COMPETING = frozenset({"NllbMoeTop2Router"})
 
 
@@ -158,6 +165,50 @@ def refuse_dataset(dataset: Any) -> int:
             "Add data.",
         )
     return size
+
+
+def refuse_sampler(loader: DataLoader[Any]) -> None:
+    """Refuse a host's loader that draws in a way of its own, which nobody would follow.
+
+    Raises:
+        ConfigurationError: It has another sampler than the Trainer's.
+    """
+    batches = loader.batch_sampler
+    sampler = getattr(batches, "sampler", loader.sampler)
+    known = isinstance(sampler, RandomSampler | SequentialSampler)
+    for part, plain in (
+        (batches, batches is None or isinstance(batches, BatchSampler)),
+        (sampler, known),
+    ):
+        if part is not None and not (plain and type(part).__module__.startswith(_SAMPLERS)):
+            raise _coupled(
+                "get_train_dataloader().sampler",
+                type(part).__name__,
+                "the Trainer's own",
+                "Examples are drawn as DPArguments.sampling says, on which epsilon rests, so another "
+                "sampler, or its weights, would not be heeded.",
+                "Leave _get_train_sampler and get_train_dataloader as they are.",
+            )
+
+
+def refuse_optimizer(optimizer: Any, model: nn.Module) -> None:
+    """Refuse an optimizer with parameters that the model does not have.
+
+    Raises:
+        ConfigurationError: It would never move them: only the model's gradients are clipped and released.
+    """
+    known = {id(p) for p in model.parameters()}
+    for group, options in enumerate(getattr(optimizer, "param_groups", ())):
+        for place, parameter in enumerate(options["params"]):
+            if id(parameter) not in known:
+                raise _coupled(
+                    f"optimizer.param_groups[{group}]['params'][{place}]",
+                    f"{type(parameter).__name__} of shape {tuple(parameter.shape)}",
+                    "a parameter of the model",
+                    "Gradients are clipped and released for the model's parameters alone, so that this one "
+                    "would never be trained.",
+                    "Make it a parameter of the model, or leave it out of the optimizer.",
+                )
 
 
 def _rope_types(module: nn.Module) -> set[str]:

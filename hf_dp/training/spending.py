@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -19,10 +20,14 @@ from hf_dp.errors import (
 )
 from hf_dp.ledger import LEDGER_NAME, Ledger, read_ledger
 from hf_dp.plan import PrivacyPlan
+from hf_dp.reports.of_users import in_words
 from hf_dp.training.arguments import DPArguments
 from hf_dp.training.batches import Place
 from hf_dp.training.continuing import open_ledger, refuse_other_run
 
+logger = logging.getLogger(__name__)
+
+_LARGE_DELTA = 0.01
 FIXED_COINS = "fixed generator: not private"
 SECRET_COINS = "operating system"
 _PACKAGES = ("hf_dp", "torch", "transformers", "dp-accounting", "numpy")
@@ -101,6 +106,22 @@ class Claim:
             "preflight": dp_args.preflight,
             "packages": _versions(),
         }
+
+    def announce(self, dp_args: DPArguments) -> None:
+        """Say what is claimed, and where the data is too small for the default delta to say much."""
+        logger.info(
+            "hf_dp: %s, delta = %.3g, accountant %s", self.plan, self.delta, self.accountant.name
+        )
+        if self.users is not None:
+            logger.info("hf_dp: users: %s", in_words(self.users))
+        if dp_args.target_delta is None and self.delta > _LARGE_DELTA:
+            logger.warning(
+                "hf_dp: with %d %ss the default delta is as large as %.2g: by so much anything that is "
+                "released may be likelier than epsilon allows. Set DPArguments.target_delta, say to 1e-3.",
+                self.num_units,
+                self.plan.unit,
+                self.delta,
+            )
 
 
 class Spending:

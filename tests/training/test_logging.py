@@ -225,3 +225,17 @@ def test_the_default_delta_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixt
     with caplog.at_level("INFO", "hf_dp"):
         trainer_for(tmp_path, coins=FixedCoins(torch.Generator())).train()
     assert "delta = 0.0173" in caplog.text
+
+
+def test_a_large_default_delta_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("WARNING", "hf_dp.training.spending"):
+        trainer_for(tmp_path / "own", host={"max_steps": 1}, dp={"target_delta": 0.02}).train()
+        assert "delta" not in caplog.text
+        many = trainer_for(tmp_path / "b", host={"max_steps": 1}, train_dataset=Sentences(70))
+        many.train()
+        assert many.privacy_report().guarantee.delta < 0.01
+        assert "delta" not in caplog.text
+        trainer_for(tmp_path / "few", host={"max_steps": 1}).train()
+    assert "with 40 examples the default delta is as large as 0.017" in caplog.text
