@@ -172,7 +172,8 @@ class PrivacyReport:
         ]
         if self.header.get("nonprivate_metrics"):
             found.append(
-                "Exact quantities were logged under nonprivate/; they are outside the guarantee."
+                "Exact quantities were logged under nonprivate/, and whatever else was added to log lines; "
+                "they are outside the guarantee."
             )
         if self.header.get("preflight") is False:
             found.append(

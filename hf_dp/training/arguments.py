@@ -186,7 +186,8 @@ class DPArguments:
     nonprivate_metrics: bool = field(
         default=False,
         metadata={
-            "help": "Log exact, unprotected quantities under 'nonprivate/'. They are outside the guarantee."
+            "help": "Log exact, unprotected quantities under 'nonprivate/', and all that hosts and callbacks "
+            "add to lines. They are outside the guarantee."
         },
     )
     ledger: str = field(

@@ -54,7 +54,8 @@ def refuse_evaluation(train_dataset: Any, evaluated: Any, nonprivate_metrics: bo
 
 def have_rows_in_common(one: Any, other: Any) -> bool:
     """Whether a row of `one` is kept at the same place in memory as a row of `other`."""
-    first, second = _by_store(one), _by_store(other)
+    second = _by_store(other)
+    first = _by_store(one) if second else {}
     return any(
         bool(np.isin(_all(first[store]), _all(second[store])).any())
         for store in first.keys() & second.keys()
