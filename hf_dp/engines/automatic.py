@@ -73,7 +73,7 @@ class AutomaticEngine(GradientEngine):
         summed, refused = None, ""
         try:
             summed = summed_by(engine)
-        except RuntimeError as reason:
+        except Exception as reason:  # under taps foreign code may fail in any way
             if is_sharded(model):
                 raise  # the other ranks go on as they are
             if not isinstance(reason, UncoveredParameterError) and (
@@ -83,9 +83,9 @@ class AutomaticEngine(GradientEngine):
             refused = _told(reason)
         if summed is None:  # and the error is gone, whose traceback held the graph
             one_by_one = SequentialEngine()
+            summed = summed_by(one_by_one)  # what fails here, too, is no reason to go on like this
             if not self._proved:
                 self._take(one_by_one, refused)
-            summed = summed_by(one_by_one)
         if not self._proved and _runs_the_model_again(engine, model):
             self._take(
                 SequentialEngine(),
@@ -110,7 +110,7 @@ class AutomaticEngine(GradientEngine):
         )
 
 
-def _told(reason: RuntimeError) -> str:
+def _told(reason: Exception) -> str:
     """What may be logged of an error: foreign code may quote what an example holds."""
     if isinstance(reason, HfDpError):
         return str(reason)

@@ -64,7 +64,8 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Name -> parameter, each once, in the model's order.
 
     Raises:
-        ConfigurationError: There is none, or hooks on one of them would see private gradients.
+        ConfigurationError: There is none, hooks on one of them would see private gradients, or one is
+            complex.
     """
     found = {name: p for name, p in whole_parameters(model).items() if p.requires_grad}
     if not found:
@@ -72,14 +73,49 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
             f"model={type(model).__name__}: expected at least one parameter with requires_grad=True. "
             "There is nothing to train. Unfreeze a layer, or add an adapter."
         )
-    watched = [name for name, p in found.items() if p._backward_hooks]
-    if watched:
-        raise ConfigurationError(
-            f"model.{watched[0]}: expected no gradient hooks on trainable parameters (wandb.watch sets "
-            "them). They would see, or change, single examples' gradients before they are clipped. "
-            "Remove the hooks; for W&B leave WANDB_WATCH unset."
-        )
+    for name, parameter in found.items():
+        if parameter._backward_hooks or parameter.dtype.is_complex:
+            raise _refused(name, parameter)
     return found
+
+
+def _refused(name: str, parameter: nn.Parameter) -> ConfigurationError:
+    if parameter.dtype.is_complex:
+        return ConfigurationError(
+            explain(
+                f"model.{name}.dtype",
+                parameter.dtype,
+                "trainable parameters of real numbers",
+                "Norms and noise are those of real numbers: half of its gradient would be lost.",
+                "Keep its real and imaginary part in a real parameter, for torch.view_as_complex in the "
+                "forward pass, or freeze it.",
+            )
+        )
+    hooks = (parameter._backward_hooks or {}).values()
+    whose = sorted({str(getattr(h, "__module__", type(h).__module__)) for h in hooks})
+    watching = any(module.split(".")[0] == "wandb" for module in whose)
+    return ConfigurationError(
+        explain(
+            f"model.{name}",
+            f"hooks of {', '.join(whose)}",
+            "no gradient hooks on trainable parameters",
+            "They would see, or change, single examples' gradients before they are clipped.",
+            "Leave WANDB_WATCH unset." if watching else "Use a model, or an adapter, without them.",
+        )
+    )
+
+
+def refuse_without_gradients() -> None:
+    """Refuse to run where torch records no gradients: every sum would be zero, and look right.
+
+    Raises:
+        ConfigurationError: They are off.
+    """
+    if not torch.is_grad_enabled():
+        raise ConfigurationError(
+            "clipped_sum: expected gradients to be on. Within torch.no_grad() or torch.inference_mode() "
+            "every sum is zero. Call it outside, or within torch.enable_grad()."
+        )
 
 
 def checked_losses(losses: Tensor, num_units: int) -> Tensor:

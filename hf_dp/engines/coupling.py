@@ -20,7 +20,7 @@ from hf_dp.engines.base import ExampleLoss, checked_losses, trainable_parameters
 from hf_dp.engines.rows import batch_size, row, tensors_in
 from hf_dp.engines.sharded import is_sharded
 from hf_dp.errors import ConfigurationError, explain
-from hf_dp.layers.factors import wide
+from hf_dp.layers.factors import dense, wide
 
 Batch = Mapping[str, Any]
 
@@ -101,8 +101,8 @@ def gradient_gap(
     gap, size = 0.0, 0.0
     for a, b in zip(found, expected, strict=True):
         if a is not None or b is not None:
-            left = torch.zeros_like(wide(b)) if a is None and b is not None else wide(_given(a))
-            right = torch.zeros_like(left) if b is None else wide(b)
+            left = torch.zeros_like(dense(b)) if a is None and b is not None else dense(_given(a))
+            right = torch.zeros_like(left) if b is None else dense(b)
             gap += float((left - right).square().sum())
             size += float(right.square().sum())
     return gap, size

@@ -54,7 +54,8 @@ class Outputs:
                     continue
                 if grad.dim() == 0 or len(grad) != len(losses):
                     raise UncoveredParameterError("an output without an axis of examples")
-                on_call(Call(point, (), (grad,), FIRST, key))
+                real = torch.view_as_real(grad.resolve_conj()) if grad.is_complex() else grad
+                on_call(Call(point, (), (real,), FIRST, key))
 
         with contextlib.suppress(UncoveredParameterError):
             return compare(backward, losses, hidden=False)

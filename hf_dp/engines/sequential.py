@@ -17,6 +17,7 @@ from hf_dp.engines.base import (
     checked_losses,
     empty_sum,
     gradient_clipping,
+    refuse_without_gradients,
     released_losses,
     trainable_parameters,
 )
@@ -26,7 +27,7 @@ from hf_dp.engines.precision import full_precision
 from hf_dp.engines.rows import batch_size, rows
 from hf_dp.engines.sharded import refuse_sharded
 from hf_dp.errors import UncoveredParameterError
-from hf_dp.layers.factors import wide
+from hf_dp.layers.factors import dense, wide
 from hf_dp.sums import ClippedSum
 
 
@@ -59,6 +60,7 @@ class SequentialEngine(GradientEngine):
         loss_release: LossRelease | None = None,
         owners: Owners | None = None,
     ) -> ClippedSum:
+        refuse_without_gradients()
         refuse_sharded(model, self.name, "One rank's examples would be run on all of them.")
         checked_owners(owners, inputs)
         owners = owners or Owners((1,) * batch_size(inputs))
@@ -139,6 +141,6 @@ def _gradients(loss: Tensor, parameters: Mapping[str, nn.Parameter]) -> dict[str
                 "Use a model, or a setting, that does not."
             )
     return {
-        name: torch.zeros_like(wide(p.detach())) if grad is None else wide(grad)
+        name: torch.zeros_like(wide(p.detach())) if grad is None else dense(grad)
         for (name, p), grad in zip(parameters.items(), found, strict=True)
     }

@@ -61,6 +61,8 @@ def in_order(mixed: Tensor, alone: list[Tensor], order: list[int]) -> bool:
 
 def _sums(tensor: Tensor, axis: int) -> Tensor:
     """Sums over all axes but one, with weights that are different everywhere."""
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
     values = torch.nan_to_num(tensor.movedim(axis, 0).float(), nan=0.5, posinf=1.0, neginf=-1.0)
     values = values.clamp(-1e6, 1e6)  # masks hold the dtype's smallest number
     if values.numel() == 0:

@@ -14,7 +14,13 @@ from torch import nn
 from hf_dp.clipping.base import ClippingPolicy
 from hf_dp.clipping.loss import LossRelease
 from hf_dp.engines.attribution import UnprovedError
-from hf_dp.engines.base import ExampleLoss, GradientEngine, empty_sum, trainable_parameters
+from hf_dp.engines.base import (
+    ExampleLoss,
+    GradientEngine,
+    empty_sum,
+    refuse_without_gradients,
+    trainable_parameters,
+)
 from hf_dp.engines.coverage import NotTappableError
 from hf_dp.engines.owners import Owners, checked_owners
 from hf_dp.engines.recorder import Recorder
@@ -52,6 +58,7 @@ class VectorisedEngine(GradientEngine):
         loss_release: LossRelease | None = None,
         owners: Owners | None = None,
     ) -> ClippedSum:
+        refuse_without_gradients()
         checked_owners(owners, inputs)
         self._check(model, inputs, owners)
         if batch_size(inputs) == 0:

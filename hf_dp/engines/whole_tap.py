@@ -69,6 +69,11 @@ class Leaves:
         """The places of the tensors that may have a gradient."""
         return [i for i in self.tensors if self.values[i].is_floating_point()]
 
+    @property
+    def any_complex(self) -> bool:
+        """Whether some tensor is complex."""
+        return any(self.values[i].is_complex() for i in self.tensors)
+
     def opaque(self) -> str | None:
         """The type of a leaf that may hold tensors unseen, such as a cache; None if there is none."""
         for leaf in self.values:
@@ -173,6 +178,12 @@ class WholeTap(PointTap):
                 f"{self.point.described} takes or returns a {opaque}: expected tensors, lists, tuples, "
                 "dicts and numbers. What else holds tensors hides their gradients. "
                 "Use engine='sequential', or freeze it.",
+            )
+        if returned.any_complex:
+            raise NotTappableError(
+                self.point,
+                f"{self.point.described} returns complex numbers: expected real ones, whose gradients are "
+                "followed. Use engine='sequential', or freeze it.",
             )
         if any(leaf._version != version for leaf, version in versions):
             raise NotTappableError(

@@ -43,5 +43,4 @@ def is_plain_embedding(module: nn.Module) -> bool:
         isinstance(module, nn.Embedding)
         and module.max_norm is None
         and not module.scale_grad_by_freq
-        and not module.sparse
     )

@@ -6,6 +6,6 @@ Source:
 
 from hf_dp.layers.mat import Mat
 from hf_dp.layers.one_hot import OneHot
-from hf_dp.layers.per_unit import Factor, Total, Vec, combine, sum_of, wide
+from hf_dp.layers.per_unit import Factor, Total, Vec, combine, dense, sum_of, wide
 
-__all__ = ["Factor", "Mat", "OneHot", "Total", "Vec", "combine", "sum_of", "wide"]
+__all__ = ["Factor", "Mat", "OneHot", "Total", "Vec", "combine", "dense", "sum_of", "wide"]

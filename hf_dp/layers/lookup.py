@@ -36,7 +36,6 @@ def lookup_of(module: nn.Module) -> Callable[[WholeCall], list[OneHot]] | None:
         and set(dict(module.named_parameters())) == {"weight"}
         and module.max_norm is None
         and not module.scale_grad_by_freq
-        and not module.sparse
     )
     return (lambda call: [lookup(call)]) if fits else None
 

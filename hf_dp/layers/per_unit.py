@@ -25,6 +25,11 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
+def dense(grad: Tensor) -> Tensor:
+    """`wide`; written out if it is sparse, as look-ups in tables with ``sparse=True`` give it."""
+    return wide(grad.to_dense() if grad.is_sparse else grad)
+
+
 class Factor(ABC):
     """The gradient of one parameter for each of B units."""
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from hf_dp.layers.base import LayerRule, LayerRules
 from hf_dp.layers.conv import convolution, group_norm, is_plain_convolution
 from hf_dp.layers.embedding import embedding, is_plain_embedding
-from hf_dp.layers.factors import wide
+from hf_dp.layers.factors import dense, wide
 from hf_dp.layers.linear import linear, transposed_linear
 from hf_dp.layers.norm import epsilon_of, layer_norm, rms_norm, rms_norm_offset
 
@@ -221,4 +221,5 @@ def _close(found: Tensor, expected: Tensor) -> bool:
 
 def _gradients(output: Tensor, cotangent: Tensor, twin: nn.Module) -> tuple[Tensor, ...]:
     weighted = (output * cotangent[..., None].to(output)).sum()
-    return torch.autograd.grad(weighted, list(twin.parameters()))
+    found = torch.autograd.grad(weighted, list(twin.parameters()))
+    return tuple(map(dense, found))

@@ -14,7 +14,7 @@ from torch.utils._pytree import TreeSpec, tree_leaves, tree_unflatten
 
 from hf_dp.errors import UncoveredParameterError
 from hf_dp.layers.base import UnitAxis
-from hf_dp.layers.factors import wide
+from hf_dp.layers.factors import dense, wide
 from hf_dp.layers.randomness import Randomness, kept_randomness
 from hf_dp.layers.repeats import Marks
 
@@ -148,7 +148,7 @@ class WholeCall:
                 self.check(self.marks.of_unit(outputs, place), unit)
             grads = self.grads_of(outputs, values, unit)
             return [
-                torch.zeros_like(wide(value)) if grad is None else wide(grad)
+                torch.zeros_like(wide(value)) if grad is None else dense(grad)
                 for value, grad in zip(values, grads, strict=True)
             ]
 

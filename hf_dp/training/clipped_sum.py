@@ -18,6 +18,7 @@ from hf_dp.engines import (
     SequentialEngine,
     engine_named,
 )
+from hf_dp.engines.base import refuse_without_gradients
 from hf_dp.engines.owners import Owners, UserReduction
 from hf_dp.engines.rows import batch_size, row, select_rows
 from hf_dp.errors import ConfigurationError, explain
@@ -89,6 +90,7 @@ def clipped_sum(
         get_args(Norm),
         "It is the norm for which noise is accounted.",
     )
+    refuse_without_gradients()
     clipping = FlatClipping(clipping_norm, clipping_norm_type)
     refuse_model(model)
     owners: Owners | None = None

@@ -101,6 +101,7 @@ KNOWN: list[tuple[nn.Module, object]] = [
     (Plain(6, 5), linear),
     (nn.Embedding(5, 6), embedding),
     (nn.Embedding(5, 6, padding_idx=0), embedding),
+    (nn.Embedding(5, 6, sparse=True), embedding),
     (nn.LayerNorm(6), layer_norm),
     (nn.RMSNorm(6), rms_norm),
     (LlamaRMSNorm(6), rms_norm),
@@ -116,7 +117,6 @@ UNKNOWN: list[nn.Module] = [
     Doubled(6, 6),
     nn.Embedding(5, 6, max_norm=1.0),
     nn.Embedding(5, 6, scale_grad_by_freq=True),
-    nn.Embedding(5, 6, sparse=True),
     nn.Bilinear(6, 6, 5),
     nn.Conv1d(6, 6, 1, groups=2),
     nn.Conv1d(6, 6, 3, padding=1, padding_mode="circular"),
@@ -209,7 +209,7 @@ def test_an_attention_that_owns_a_relative_bias_is_known() -> None:
     [
         nn.Linear(2, 2),
         nn.Embedding(32, 2, padding_idx=0),
-        nn.Embedding(32, 2, sparse=True),
+        nn.Embedding(32, 2, scale_grad_by_freq=True),
         None,
     ],
 )
