@@ -109,6 +109,7 @@ class Lines:
         self._released = ReleasedLosses()
         self._silent = 0
         self._prefix: str | None = None
+        self._given: frozenset[str] = frozenset()
         self._told: set[str] = set()
 
     def begin(self, spending: Spending) -> None:
@@ -145,10 +146,11 @@ class Lines:
             self._prefix = before
 
     def price(self, logs: dict[str, float]) -> None:
-        """Put what was spent into a training line; in place, as hosts expect."""
+        """Put what was spent into a training line; in place, as hosts expect. Note what the line holds."""
         if self._is_of_training(logs):
             assert self._spending is not None
             logs |= {"epsilon": self._spending.epsilon, "delta": self._spending.claim.delta}
+        self._given = frozenset(logs)
 
     def pass_on(self, logs: dict[str, Any], history: list[dict[str, Any]], training: bool) -> bool:
         """Take out of a line, and of its copy in the history, what may not be shown.
@@ -181,8 +183,11 @@ class Lines:
         if self._silent:
             return {}
         prefix = self._prefix or (None if training else "eval")
-        if not spending.is_open and self._prefix is None:
-            return dict(logs)
+        if (
+            not spending.is_open and self._prefix is None
+        ):  # the user's own, but not what a host adds
+            given = self._given.union(_PLACE)
+            return {name: value for name, value in logs.items() if name in given}
         means: dict[str, float] = {}
         if of_training and spending.claim.plan.loss_release is not None:
             means = self._released.means()

@@ -175,6 +175,13 @@ def test_lines_between_steps_hold_what_is_said_to_be_public(tmp_path: Path) -> N
     assert len(lines) == 6, "a line of which nothing is left is no line"
 
 
+def test_after_a_run_a_host_adds_nothing_of_it(tmp_path: Path) -> None:
+    trainer = trainer_for(tmp_path, cls=DPGatheringTrainer, host={"max_steps": 1})
+    trainer.train()
+    trainer.log({"after": 3.0})
+    assert set(trainer.state.log_history[-1]) == {"after", "epoch", "step"}
+
+
 class OwnEvaluation(DPTrainer):
     """The evaluation of the question answering examples: its own loop, then a line."""
 
