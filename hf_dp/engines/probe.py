@@ -14,6 +14,7 @@ from hf_dp.engines.base import ExampleLoss, is_out_of_memory
 from hf_dp.engines.coverage import NotTappableError, TapPoint
 from hf_dp.engines.sketch import Sketch
 from hf_dp.engines.tap import note_sizes
+from hf_dp.engines.undisturbed import without_fast_path
 from hf_dp.engines.whole_tap import Leaves, kind_of_call
 from hf_dp.layers.base import FOLDED, ROW, SHARED, UnitAxis, repeated
 
@@ -42,12 +43,13 @@ class Probe:
 
 @contextlib.contextmanager
 def mode_of(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """Every module in evaluation mode, or each as it is."""
+    """Every module in evaluation mode, or each as it is; neither calls other code than training does."""
     before = {module: module.training for module in model.modules()}
     try:
         if not training:
             model.eval()
-        yield
+        with without_fast_path():
+            yield
     finally:
         for module, mode in before.items():
             module.training = mode

@@ -19,24 +19,38 @@ _DROPPING = (
 )
 _DROPOUT_ARGUMENT = 4  # of scaled_dot_product_attention
 _SMALL = 0.02  # what a parameter that is all zero is tried with
+_PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Dropout off, rows of zeros filled; parameters, buffers, flags and torch's generators are put back.
+    """Dropout off, rows of zeros filled; afterwards the model is `as_it_was`.
 
     The model keeps its mode, since in evaluation mode other code would run than in training. A
     trainable parameter that is zero (a new head, LoRA's second matrix) would hide all that lies before
     it, and a row of zeros (of the padding token) what reads it, so small numbers from a public seed
     stand in for them meanwhile.
     """
+    with as_it_was(model), contextlib.ExitStack() as stack:
+        stack.callback(_restore_parameters, _filled(model))
+        stack.enter_context(without_dropout())
+        stack.enter_context(without_fast_path())
+        yield
+
+
+@contextlib.contextmanager
+def as_it_was(model: nn.Module) -> Iterator[None]:
+    """Put back buffers, submodules, numbers, words and flags of every module, and torch's generators.
+
+    A model may change itself by what it is given (BigBird: by too few tokens for its blocks), and what
+    it was given here was made up. What modules hold in lists, and what they did not have before, stays.
+    """
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=devices))
-        stack.callback(_restore_flags, [(module, module.training) for module in model.modules()])
-        stack.callback(_restore_buffers, [_buffers_of(module) for module in model.modules()])
-        stack.callback(_restore_parameters, _filled(model))
-        stack.enter_context(without_dropout())
+        modules = list(model.modules())
+        stack.callback(_restore_buffers, [_buffers_of(module) for module in modules])
+        stack.callback(_restore_plain, [(m, _plain_of(m), dict(m._modules)) for m in modules])
         yield
 
 
@@ -90,6 +104,17 @@ def without_dropout() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def without_fast_path() -> Iterator[None]:
+    """Torch's transformer layers run as with gradients, not joined in nested tensors of no size."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
 def _filled(model: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
     """Put stand-ins in the place of rows of zeros; return what belongs there."""
     generator = torch.Generator().manual_seed(0)  # public: nothing private is involved
@@ -129,6 +154,17 @@ def _restore_buffers(before: list[_Buffers]) -> None:
                 buffer.copy_(value)
 
 
-def _restore_flags(before: list[tuple[nn.Module, bool]]) -> None:
-    for module, training in before:
-        module.training = training
+_Plain = tuple[nn.Module, dict[str, Any], dict[str, nn.Module | None]]
+
+
+def _plain_of(module: nn.Module) -> dict[str, Any]:
+    return {name: value for name, value in vars(module).items() if isinstance(value, _PLAIN)}
+
+
+def _restore_plain(before: list[_Plain]) -> None:
+    for module, plain, children in before:
+        # past __setattr__, which may do more; a parameter of that name would be hidden
+        vars(module).update({n: v for n, v in plain.items() if n not in module._parameters})
+        if children != module._modules:
+            module._modules.clear()
+            module._modules.update(children)
