@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
+from hf_dp.engines.undisturbed import as_it_was
 from hf_dp.training.alone import ComputeLoss, ExampleLoss, definition_loss
 from hf_dp.training.losses import choose_example_loss
-from hf_dp.training.made_up import made_up_rows
+from hf_dp.training.made_up import MadeUpRows, attempts, each_alone
 from hf_dp.training.padding import padding_matters
 
 logger = logging.getLogger(__name__)
@@ -33,7 +35,12 @@ class Choice:
     is_definition: bool
     alone: bool
     description: str
-    rows: Mapping[str, Any] | None = None
+    rows: MadeUpRows | None = None
+
+    @property
+    def longest(self) -> int:
+        """Positions of the longest made-up example."""
+        return 1 if self.rows is None else self.rows.longest
 
 
 def choose(
@@ -58,7 +65,21 @@ def choose(
         label_smoothing: ``TrainingArguments.label_smoothing_factor``.
         padding_id: The token that the collator pads with; None if that is not known.
     """
-    rows = _rows(model, columns)
+    with as_it_was(model):
+        tried = given or (definition_loss(compute_loss) if trusted else None)
+        rows = _rows(model, columns, tried)
+        return _chosen(model, rows, compute_loss, given, trusted, label_smoothing, padding_id)
+
+
+def _chosen(
+    model: nn.Module,
+    rows: MadeUpRows | None,
+    compute_loss: ComputeLoss,
+    given: ExampleLoss | None,
+    trusted: bool,
+    label_smoothing: float,
+    padding_id: int | None,
+) -> Choice:
     if given is not None:
         return Choice(
             given, False, padding_matters(given, model, rows, padding_id), "given by the user", rows
@@ -91,16 +112,43 @@ def announce(choice: Choice) -> None:
         )
 
 
-def _rows(model: nn.Module, columns: Mapping[str, Any]) -> dict[str, Any] | None:
+def _rows(
+    model: nn.Module, columns: Mapping[str, Any], loss: ExampleLoss | None
+) -> MadeUpRows | None:
+    """Made-up rows of which the model takes each by itself, and makes a finite loss if it can.
+
+    Args:
+        model: Run in training mode, which may ask for longer examples than evaluation does.
+        columns: Of a real example.
+        loss: What is tried; None for code that should not see made-up examples.
+    """
+    infinite: MadeUpRows | None = None
     try:
-        return made_up_rows(model, columns)
+        for rows in attempts(model, columns):
+            finite = True if loss is None else _makes_finite_losses(loss, model, rows)
+            if finite:
+                return rows
+            infinite = rows if infinite is None and finite is False else infinite
     except Exception as error:  # a foreign model or collator may want anything
         logger.debug("no made-up examples: %s", type(error).__name__)
+    return infinite
+
+
+@torch.no_grad()
+def _makes_finite_losses(loss: ExampleLoss, model: nn.Module, rows: MadeUpRows) -> bool | None:
+    """None where the model does not take the examples."""
+    try:
+        with as_it_was(model):
+            for module in model.modules():
+                module.training = True
+            return all(bool(loss(model, one).isfinite().all()) for one in each_alone(rows))
+    except Exception as error:  # likewise
+        logger.debug("made-up examples refused: %s", type(error).__name__)
         return None
 
 
 def _vectorised(
-    model: nn.Module, rows: Mapping[str, Any], compute_loss: ComputeLoss, label_smoothing: float
+    model: nn.Module, rows: MadeUpRows, compute_loss: ComputeLoss, label_smoothing: float
 ) -> tuple[ExampleLoss, str] | None:
     try:
         return choose_example_loss(model, rows, compute_loss, label_smoothing)

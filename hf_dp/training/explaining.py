@@ -16,6 +16,7 @@ from hf_dp.engines.explain import EngineReport, explain_engine
 from hf_dp.errors import ConfigurationError, explain
 from hf_dp.events import Norm
 from hf_dp.training.made_up import made_up_rows
+from hf_dp.training.positions import reads_text, width_of
 from hf_dp.training.tasks import Task, recognise_task, unwrapped
 from hf_dp.training.vectorised import vectorised_loss, without_targets
 
@@ -49,7 +50,7 @@ def explain_training(
         columns: Of its values only shapes and types are used.
         engine: The one that will train.
         example_loss: One loss per example.
-        length: In tokens; what the model's positions do not reach is cut.
+        length: In tokens; what the model's positions do not reach is cut. Sound is as long as the real.
         norm: In which examples are clipped.
 
     Raises:
@@ -57,7 +58,8 @@ def explain_training(
     """
     length = _within_positions(model, length)
     try:
-        rows = made_up_rows(model, columns, (length, length))
+        width = None if reads_text(columns) else width_of(columns)
+        rows = made_up_rows(model, columns, (width or length,) * 2, (length,) * 2)
         with torch.no_grad():
             example_loss(model, rows)
     except Exception as error:  # a foreign model may want anything of its data
@@ -70,13 +72,12 @@ def explain_training(
                 "Call hf_dp.engines.explain.explain_engine with examples of your own making.",
             )
         ) from None
-    read = any(name in rows for name in ("input_ids", "inputs_embeds"))
     return explain_engine(
         model,
         rows,
         engine=engine,
         example_loss=example_loss,
-        length=length if read else None,
+        length=length if reads_text(rows) else None,
         norm=norm,
     )
 

@@ -39,7 +39,6 @@ from hf_dp.training.held_out import refuse_evaluation
 from hf_dp.training.joining import USUAL_FILLS
 from hf_dp.training.lines import Lines, guard
 from hf_dp.training.losses import default_loss_ceiling
-from hf_dp.training.made_up import LENGTHS
 from hf_dp.training.memory import MemoryLimit
 from hf_dp.training.ownership import Ownership, announce_users, given_dataset
 from hf_dp.training.packing import UserCollator
@@ -325,7 +324,7 @@ class DPTrainerMixin(SettledMixin, ShownMixin):
                 example_loss=self._loss_of_each,
                 plan=plan,
                 one_by_one=size == 1 and budget is None,
-                width=size if budget is None else max(1, budget // max(LENGTHS)),
+                width=size if budget is None else max(1, budget // self._choice.longest),
                 user_reduction=self.dp_args.reduction,
             )
             self._rehearsed = True

@@ -23,7 +23,7 @@ from hf_dp.engines.undisturbed import draws, evaluation_flags, undisturbed
 from hf_dp.layers.randomness import kept_randomness
 from hf_dp.training.alone import ExampleLoss
 from hf_dp.training.losses import is_coarse
-from hf_dp.training.made_up import each_alone
+from hf_dp.training.made_up import MadeUpRows, each_alone
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ _MOST_PARAMETERS = 2_000_000_000  # of which a copy in float32, 8 GB, is made fo
 def padding_matters(
     loss: ExampleLoss,
     model: nn.Module,
-    rows: Mapping[str, Any] | None,
+    rows: MadeUpRows | None,
     padding_id: int | None = None,
 ) -> bool:
     """Whether a made-up example's loss changes with padding or with its neighbours.
@@ -73,11 +73,9 @@ def _wide(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model).float()
 
 
-def _variants(
-    rows: Mapping[str, Any], model: nn.Module, padding_id: int | None
-) -> Sequence[Mapping[str, Any]]:
+def _variants(rows: MadeUpRows, model: nn.Module, padding_id: int | None) -> Sequence[MadeUpRows]:
     """The batch as the collator pads it; with several paddings where that is not known."""
-    rows = {name: _as_wide(value, model) for name, value in rows.items()}
+    rows = rows.with_columns({name: _as_wide(value, model) for name, value in rows.items()})
     ids, mask = rows.get("input_ids"), rows.get("attention_mask")
     if not isinstance(ids, Tensor) or not isinstance(mask, Tensor) or ids.shape != mask.shape:
         return [rows]
@@ -86,7 +84,10 @@ def _variants(
     given = [rows] if padding_id is None else []
     return [
         *given,
-        *({**rows, "input_ids": ids.masked_fill(mask == 0, token)} for token in sorted(tokens)),
+        *(
+            rows.with_columns({"input_ids": ids.masked_fill(mask == 0, token)})
+            for token in sorted(tokens)
+        ),
     ]
 
 
@@ -95,7 +96,7 @@ def _as_wide(value: Any, model: nn.Module) -> Any:
     return value.to(next(model.parameters()).dtype) if half else value
 
 
-def _differs(loss: ExampleLoss, model: nn.Module, rows: Mapping[str, Any]) -> bool:
+def _differs(loss: ExampleLoss, model: nn.Module, rows: MadeUpRows) -> bool:
     """In evaluation mode, and in training mode; there with the same draws, if it draws at all."""
     modes = [True, False]
     if draws(lambda: _in_mode(loss, model, rows, training=True)):
@@ -105,12 +106,18 @@ def _differs(loss: ExampleLoss, model: nn.Module, rows: Mapping[str, Any]) -> bo
     for training in modes:
         together = _in_mode(loss, model, rows, training=training)
         single = [_in_mode(loss, model, one, training=training) for one in each_alone(rows)]
-        if not torch.allclose(together, torch.cat(single), rtol=_TOLERANCE, atol=_TOLERANCE):
+        if not _agree(together, torch.cat(single)):
             return True
     return False
 
 
-def _neighbours_matter(loss: ExampleLoss, model: nn.Module, rows: Mapping[str, Any]) -> bool:
+def _agree(one: Tensor, other: Tensor) -> bool:
+    """Whether losses are the same numbers; of what is infinite in both, nothing is known."""
+    same = torch.allclose(one, other, rtol=_TOLERANCE, atol=_TOLERANCE)
+    return same and bool(one.isfinite().all())
+
+
+def _neighbours_matter(loss: ExampleLoss, model: nn.Module, rows: MadeUpRows) -> bool:
     """Whether, with the same draws, an example's loss changes when all others become copies of it."""
     count = batch_size(rows)
 
@@ -124,7 +131,7 @@ def _neighbours_matter(loss: ExampleLoss, model: nn.Module, rows: Mapping[str, A
     together = drawn(rows)
     for index in range(count):
         copies = drawn(select_rows(rows, [index] * count))
-        if not torch.allclose(together[index], copies[index], rtol=_TOLERANCE, atol=_TOLERANCE):
+        if not _agree(together[index], copies[index]):
             return True
     return False
 

@@ -12,7 +12,10 @@ from enum import StrEnum
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+)
 
 UNKNOWN_CEILING = 10.0
 
@@ -38,6 +41,7 @@ class ProblemType(StrEnum):
 
 _LANGUAGE_MODELS = frozenset({Task.CAUSAL_LM, Task.MASKED_LM, Task.SEQ2SEQ_LM})
 _CAUSAL_CLASSES = frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+_TRANSLATORS = frozenset(MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values())  # Marian's, too
 _HEADS: tuple[tuple[str, Task], ...] = (
     (r"For(Sequence|Image|Audio|Video)Classification", Task.SEQUENCE_CLASSIFICATION),
     (r"ForTokenClassification", Task.TOKEN_CLASSIFICATION),
@@ -154,6 +158,8 @@ def _tasks_by_name(model: nn.Module) -> Iterator[Task]:
                 yield Task.CAUSAL_LM if decoder_only else task
         if cls.__name__ in _CAUSAL_CLASSES:
             yield Task.CAUSAL_LM
+        if cls.__name__ in _TRANSLATORS:
+            yield Task.SEQ2SEQ_LM
 
 
 def _nats(factor: float, choices: object) -> float:

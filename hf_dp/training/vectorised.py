@@ -152,11 +152,12 @@ def _call_arguments(task: Task, model: nn.Module, inputs: Mapping[str, Any]) -> 
     arguments = without_targets(model, inputs)
     given = ("decoder_input_ids", "decoder_inputs_embeds")
     if task is Task.SEQ2SEQ_LM and all(arguments.get(name) is None for name in given):
-        arguments["decoder_input_ids"] = _decoder_inputs(unwrapped(model), inputs["labels"])
+        arguments["decoder_input_ids"] = decoder_inputs(unwrapped(model), inputs["labels"])
     return arguments
 
 
-def _decoder_inputs(model: Any, labels: Tensor) -> Tensor:
+def decoder_inputs(model: Any, labels: Tensor) -> Tensor:
+    """What a decoder reads to predict these labels: the labels, moved by one."""
     if hasattr(model, "prepare_decoder_input_ids_from_labels"):
         prepared: Tensor = model.prepare_decoder_input_ids_from_labels(labels=labels)
         return prepared
