@@ -28,6 +28,8 @@ _PER_TOKEN = frozenset(
     {
         "input_ids",
         "inputs_embeds",
+        "input_values",
+        "input_features",
         "attention_mask",
         "token_type_ids",
         "position_ids",

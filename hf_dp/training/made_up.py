@@ -169,7 +169,9 @@ def attempts(model: nn.Module, columns: Mapping[str, Any]) -> Iterator[MadeUpRow
     yield short
     if width_of(columns) is None:
         return
-    square = any(len(span.axes) > 1 for span in short.spans.values())  # and too much to make it long
+    square = any(
+        len(span.axes) > 1 for span in short.spans.values()
+    )  # and too much to make it long
     if not (square or reads_text(columns)):  # few tokens are text, too
         for scale in _LONGER:
             yield made_up_rows(model, columns, tuple(scale * length for length in LENGTHS), LENGTHS)

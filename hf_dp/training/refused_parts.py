@@ -32,8 +32,8 @@ def refuse_model(model: nn.Module) -> None:
 
     Raises:
         ConfigurationError: The model has BatchNorm, tables that look-ups rescale, experts of limited
-            capacity, rotary positions that follow the batch, a router balancing loss or a contrastive
-            loss.
+            capacity, rotary positions or blocks of attention that follow the batch, a router balancing
+            loss or a contrastive loss.
     """
     refuse_untracked(model)
     for name, module in model.named_modules():
@@ -73,6 +73,15 @@ def _refuse_module(name: str, module: nn.Module) -> None:
             "None",
             "It rescales the rows that a batch looks up, so the table shows which tokens the data holds.",
             "Set it to None.",
+        )
+    if getattr(module, "attention_type", None) == "block_sparse":
+        raise _coupled(
+            f"{name}.attention_type",
+            module.attention_type,
+            "'original_full'",
+            "The last block of a batch is read by all, and a batch of few tokens switches every later "
+            "example to full attention.",
+            "Load the model with attention_type='original_full'.",
         )
     if type(module).__name__ in _COMPETING:
         raise _coupled(

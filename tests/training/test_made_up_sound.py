@@ -12,6 +12,7 @@ from tiny_settings import SOUND
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hf_dp import clipped_sum
 from hf_dp.training import positions
 from hf_dp.training.choice import Choice, choose
 from hf_dp.training.made_up import LENGTHS, each_alone, made_up_rows
@@ -72,6 +73,24 @@ def test_examples_are_as_long_as_the_model_asks(kernel: int, stride: int) -> Non
     assert rows is not None
     assert min(rows.spans["input_values"].lengths) > kernel
     assert rows["attention_mask"].sum(1).tolist() == list(rows.spans["input_values"].lengths)
+
+
+def test_a_sum_of_sounds_that_were_padded_is_the_sum_of_those_that_were_not() -> None:
+    model, lengths = wav2vec2("group").eval(), (170, 100, 60)
+    torch.manual_seed(1)
+    sounds = [torch.randn(1, length) for length in lengths]
+    labels = torch.tensor([0, 1, 2])
+    batch = {
+        "input_values": torch.cat([F.pad(one, (0, 170 - one.shape[1])) for one in sounds]),
+        "attention_mask": (torch.arange(170) < torch.tensor(lengths)[:, None]).long(),
+        "labels": labels,
+    }
+    found = clipped_sum(model, batch, clipping_norm=0.5)
+    for index, one in enumerate(sounds):
+        own = sound(input_values=one, attention_mask=torch.ones_like(one).long())
+        own["labels"] = labels[index : index + 1]
+        expected = clipped_sum(model, own, clipping_norm=0.5)
+        torch.testing.assert_close(found.norms[index : index + 1], expected.norms)
 
 
 class Mel(nn.Module):

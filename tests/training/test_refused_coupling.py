@@ -9,7 +9,12 @@ import pytest
 import torch
 from tiny_runs import Sentences, collate, trainer_for
 from torch.utils.data import Subset
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from transformers import (
+    BigBirdConfig,
+    BigBirdForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+)
 
 from hf_dp.errors import ConfigurationError
 
@@ -29,6 +34,23 @@ def test_rotary_positions_that_depend_on_the_longest_example_are_refused(
     model.config.rope_parameters = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0}
     with pytest.raises(ConfigurationError, match="longest example of a batch"):
         trainer_for(tmp_path, model=model)
+
+
+def test_attention_in_blocks_that_follow_the_batch_is_refused(tmp_path: Path) -> None:
+    def bigbird(kind: str) -> BigBirdForSequenceClassification:
+        config = BigBirdConfig(
+            vocab_size=50,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            attention_type=kind,
+        )
+        return BigBirdForSequenceClassification(config)
+
+    with pytest.raises(ConfigurationError, match=r"bert\.attention_type='block_sparse'"):
+        trainer_for(tmp_path, model=bigbird("block_sparse"))
+    trainer_for(tmp_path, model=bigbird("original_full"))
 
 
 def test_a_collator_with_a_seed_of_its_own_is_refused(tmp_path: Path) -> None:
