@@ -38,6 +38,12 @@ class Choice:
     rows: MadeUpRows | None = None
 
     @property
+    def padded(self) -> frozenset[str]:
+        """Columns that were tried with padding at the end of their second axis; no others may get any."""
+        spans = {} if self.rows is None else self.rows.spans
+        return frozenset(name for name, span in spans.items() if 1 in span.axes)
+
+    @property
     def longest(self) -> int:
         """Positions of the longest made-up example."""
         return 1 if self.rows is None else self.rows.longest

@@ -228,7 +228,7 @@ class DPTrainerMixin(SettledMixin, ShownMixin):
             self._spending.require(claim)
         host = super().get_train_dataloader()
         refuse_sampler(host)
-        alone = self._settle_loss(host).alone
+        choice = self._settle_loss(host)
         key = getattr(self.model, "main_input_name", "input_ids")
         sampler = LogicalBatchSampler(
             claim.plan.sampler,
@@ -237,10 +237,11 @@ class DPTrainerMixin(SettledMixin, ShownMixin):
             self.coins,
             self._ownership.examples_of(self.train_dataset, host.dataset, key, self.coins),
         )
-        size = 1 if alone else self.args.per_device_train_batch_size
-        tokens = None if alone else self.dp_args.max_tokens_per_micro_batch
+        size = 1 if choice.alone else self.args.per_device_train_batch_size
+        tokens = None if choice.alone else self.dp_args.max_tokens_per_micro_batch
         reduction = self.dp_args.reduction
-        fills = {**USUAL_FILLS, **self._fills}
+        usual = {**USUAL_FILLS, **self._fills}
+        fills = {name: usual[name] for name in choice.padded.intersection(usual)}
         collator = (
             LogicalBatchCollator(host.collate_fn, size, key, tokens, fills)
             if reduction is None

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers as tf
+from tiny_runs import Sentences, collate, trainer_for
 from tiny_settings import SOUND
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from hf_dp import clipped_sum
 from hf_dp.training import positions
@@ -91,6 +94,38 @@ def test_a_sum_of_sounds_that_were_padded_is_the_sum_of_those_that_were_not() ->
         own["labels"] = labels[index : index + 1]
         expected = clipped_sum(model, own, clipping_norm=0.5)
         torch.testing.assert_close(found.norms[index : index + 1], expected.norms)
+
+
+@pytest.mark.parametrize("fixed", [True, False])
+def test_columns_that_were_tried_without_padding_get_none(fixed: bool, tmp_path: Path) -> None:
+    """A list of features that is as long as the first text: the collator would fill up others."""
+    data = Sentences()
+    width = len(data.rows[0]["input_ids"])
+    for row in data.rows:
+        row["features"] = [1.0] * len(row["input_ids"])
+
+    def collated(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        features = [torch.tensor(row["features"]) for row in rows]
+        return {**collate(rows), "features": pad_sequence(features, batch_first=True)}
+
+    def given(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+        read = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        own = inputs["features"] * inputs["attention_mask"] if not fixed else inputs["features"]
+        weights = torch.ones(width if fixed else own.shape[1])
+        logits = model(**read).logits + (own @ weights)[:, None] * torch.tensor([0.0, 0.1])
+        return F.cross_entropy(logits, inputs["labels"], reduction="none")
+
+    trainer = trainer_for(
+        tmp_path,
+        train_dataset=data,
+        data_collator=collated,
+        example_loss=given,
+        host={"remove_unused_columns": False},
+    )
+    loader = trainer.get_train_dataloader()
+    assert not trainer._choice.alone
+    tokens = {"input_ids", "attention_mask"}
+    assert set(loader.collate_fn.fills) == (tokens if fixed else tokens | {"features"})
 
 
 class Mel(nn.Module):
