@@ -23,7 +23,7 @@ from hf_dp.layers.linear import linear
 from hf_dp.ledger import LEDGER_NAME, read_ledger
 from hf_dp.training import mixin, rehearsal, settled
 from hf_dp.training.choice import Choice, choose
-from hf_dp.training.made_up import each_alone
+from hf_dp.training.made_up import MadeUpRows, each_alone
 
 OFF = "preflight was switched off"
 
@@ -144,7 +144,8 @@ def test_what_cannot_be_tried_is_said(
             raise ValueError("a private value")
         return losses_of(model, inputs)
 
-    for name, rows in (("none", None), ("refused", collate([{"input_ids": [8], "labels": 0}] * 4))):
+    refused = MadeUpRows(collate([{"input_ids": [8], "labels": 0}] * 4), {})
+    for name, rows in (("none", None), ("refused", refused)):
         choice = Choice(needs_real_words, False, False, "given", rows)
         monkeypatch.setattr(settled, "choose", lambda *_, choice=choice, **__: choice)
         with caplog.at_level(logging.DEBUG):
