@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_dp.engines.base import ExampleLoss, checked_losses, trainable_parameters
+from hf_dp.engines.reentrant import reentrant_refused
 from hf_dp.engines.rows import batch_size, row, tensors_in
 from hf_dp.engines.sharded import is_sharded
 from hf_dp.errors import ConfigurationError, explain
@@ -116,7 +117,8 @@ def _given(gradient: Tensor | None) -> Tensor:
 def _gradients(loss: Tensor, parameters: list[nn.Parameter]) -> tuple[Tensor | None, ...]:
     if not loss.requires_grad:
         return (None,) * len(parameters)
-    return torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+    with reentrant_refused():
+        return torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
 
 
 # ---- where it comes from -------------------------------------------------------------------------

@@ -119,7 +119,10 @@ class _Forward:
         finally:
             for parameter in self._parameters:
                 parameter.requires_grad = True
-        return self._tap.tapped(args, kwargs, output) if torch.is_grad_enabled() else output
+        if torch.is_grad_enabled():
+            return self._tap.tapped(args, kwargs, output)
+        self._record.without = True
+        return output
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self._replaced is not None:

@@ -20,6 +20,7 @@ from hf_dp.engines.familiar import is_from_library, still_familiar
 from hf_dp.engines.own_losses import watched
 from hf_dp.engines.owners import Owners
 from hf_dp.engines.precision import full_precision
+from hf_dp.engines.reentrant import refuse_reentrant
 from hf_dp.engines.rows import batch_size
 from hf_dp.engines.settle import check_folds, compare_mates, learn_what_grows, settle
 from hf_dp.engines.sharded import first_rows, is_sharded
@@ -131,6 +132,8 @@ def _run(
     num_units = record.num_units
     with hooks_on_gradients() as hooks, watched(model) as outputs:
         losses = checked_losses(example_loss(model, inputs), num_units)
+    if record.without:
+        refuse_reentrant(losses)
     with record.noting():
         check_folds(record, inputs, num_units)
     record.tell()

@@ -24,6 +24,7 @@ from hf_dp.engines.base import (
 from hf_dp.engines.owners import Owners, checked_owners
 from hf_dp.engines.powers import norms_of, power_sums
 from hf_dp.engines.precision import full_precision
+from hf_dp.engines.reentrant import reentrant_refused, refuse_reentrant
 from hf_dp.engines.rows import batch_size, rows
 from hf_dp.engines.sharded import refuse_sharded
 from hf_dp.errors import UncoveredParameterError
@@ -130,7 +131,10 @@ def _gradients(loss: Tensor, parameters: Mapping[str, nn.Parameter]) -> dict[str
     found: tuple[Tensor | None, ...] = (None,) * len(parameters)
     before = [parameter.grad for parameter in parameters.values()]
     if loss.requires_grad:
-        found = torch.autograd.grad(loss.sum(), list(parameters.values()), allow_unused=True)
+        with reentrant_refused():
+            found = torch.autograd.grad(loss.sum(), list(parameters.values()), allow_unused=True)
+        if any(grad is None for grad in found):
+            refuse_reentrant(loss)
     for (name, parameter), old in zip(parameters.items(), before, strict=True):
         if parameter.grad is not old:
             for other, own in zip(parameters.values(), before, strict=True):

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_dp.engines.coverage import Coverage, Layout, LayoutUnknownError, TapPoint
+from hf_dp.engines.reentrant import reentrant_refused
 from hf_dp.engines.sharded import Ranks
 from hf_dp.errors import UncoveredParameterError
 from hf_dp.layers.base import UnitAxis
@@ -89,6 +90,7 @@ class Recording:
         ranks: Those that run the model along: what one of them cannot do is told to all after a pass,
             which the others would wait for.
         failed: What that is on this rank.
+        without: Whether a tapped module ran without gradients, as within a reentrant checkpoint.
         around: The ways around the inside of modules that keep tokens apart: an output's node, and those
             of all that the module was given.
     """
@@ -108,6 +110,7 @@ class Recording:
     held: list[nn.Parameter] = field(default_factory=list)
     ranks: Ranks = field(default_factory=Ranks)
     failed: UncoveredParameterError | None = None
+    without: bool = False
     around: dict[Any, list[Any]] = field(default_factory=dict)
 
     @contextlib.contextmanager
@@ -157,7 +160,8 @@ class Recording:
         if self.held:
             total.register_hook(lambda _: set_requires_grad(self.held, False))
         try:
-            grads = torch.autograd.grad(total, targets, retain_graph=again, allow_unused=True)
+            with reentrant_refused():
+                grads = torch.autograd.grad(total, targets, retain_graph=again, allow_unused=True)
         finally:
             self.on_call = None  # it leads to the losses, their graph to it: nobody would free it
             set_requires_grad(self.held, True)
@@ -260,10 +264,12 @@ class PointTap(ABC):
         if self.record.silent:
             return output
         self.set_requires_grad(True)
+        if not torch.is_grad_enabled():
+            self.record.without = True
+            return output
         found = output
-        if torch.is_grad_enabled():
-            with self.record.noting():
-                found = self.tapped(args, kwargs, output)
+        with self.record.noting():
+            found = self.tapped(args, kwargs, output)
         return found
 
     @abstractmethod

@@ -57,7 +57,6 @@ from hf_dp.training.shown import ShownMixin
 from hf_dp.training.spending import Claim, Spending
 from hf_dp.training.step import (
     clipped_sum_of,
-    reentrant_refused,
     released_loss,
     set_gradients,
     tracked,
@@ -291,7 +290,7 @@ class DPTrainerMixin(SettledMixin, ShownMixin):
             self.optimizer.train()
         refuse_optimizer(self.optimizer, model)
         batch = drawn(inputs)
-        with self._lines.silent(), self.coins.for_library_code(), reentrant_refused():
+        with self._lines.silent(), self.coins.for_library_code():
             self._rehearse(model, plan)
             summed = clipped_sum_of(
                 model,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +10,6 @@ from torch import Tensor, nn
 
 from hf_dp.engines.base import ExampleLoss, GradientEngine, empty_sum
 from hf_dp.engines.sequential import SequentialEngine
-from hf_dp.errors import ConfigurationError, HfDpError, explain
 from hf_dp.plan import PrivacyPlan
 from hf_dp.sums import ClippedSum, NoisySum
 from hf_dp.training.batches import OwnedRows
@@ -74,30 +72,6 @@ def clipped_sum_of(
         return empty_sum(model, plan.loss_release)
     before.refuse_changes(model)
     return summed
-
-
-@contextlib.contextmanager
-def reentrant_refused() -> Iterator[None]:
-    """Say in our words what torch says of checkpoints that recompute in a backward pass of their own.
-
-    Raises:
-        ConfigurationError: The model was set to such checkpoints, past the training arguments.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if isinstance(error, HfDpError) or "use_reentrant" not in str(error):
-            raise
-        raise ConfigurationError(
-            explain(
-                "model.gradient_checkpointing_enable",
-                {"use_reentrant": True},
-                "use_reentrant=False",
-                "Reentrant checkpointing hides gradients from the per-example clipping.",
-                "Call model.gradient_checkpointing_enable({'use_reentrant': False}), or set "
-                "gradient_checkpointing in the TrainingArguments.",
-            )
-        ) from error
 
 
 def tracked(inputs: Mapping[str, Any]) -> Mapping[str, Any]:

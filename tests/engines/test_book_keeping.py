@@ -21,7 +21,7 @@ from toy_nets import C, Net, book_kept, check, data, squares
 
 from hf_dp.clipping import FlatClipping, LossRelease
 from hf_dp.engines import BookKeepingEngine, SequentialEngine, engine_named
-from hf_dp.errors import UncoveredParameterError
+from hf_dp.errors import ConfigurationError, UncoveredParameterError
 
 
 class CalledOften(Net):
@@ -184,7 +184,7 @@ def test_gradient_checkpointing_changes_nothing(name: str, make: Any) -> None:
 def test_reentrant_checkpointing_is_not_silently_wrong() -> None:
     model, inputs = build("bert-cls"), batch("bert-cls")
     checkpointed(model, use_reentrant=True)
-    with pytest.raises(RuntimeError, match="use_reentrant=True"):
+    with pytest.raises(ConfigurationError, match="expected use_reentrant=False"):
         book_kept(model, inputs, own_losses)
 
 
