@@ -26,6 +26,8 @@ _LONGER = (37, 331, 1777)
 # For sound, where one position is made of hundreds of numbers: primes, so that no stride divides all
 # lengths.
 _ENDS = ("start_positions", "end_positions")
+KNOWN = frozenset({"labels", "input_ids", "decoder_input_ids", "attention_mask", *_ENDS})
+"""Columns of whole numbers that are made up by what they mean; others are zero."""
 
 
 class MadeUpRows(dict[str, Any]):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,11 +23,12 @@ from hf_dp.engines.undisturbed import draws, evaluation_flags, undisturbed
 from hf_dp.layers.randomness import kept_randomness
 from hf_dp.training.alone import ExampleLoss
 from hf_dp.training.losses import is_coarse
-from hf_dp.training.made_up import MadeUpRows, each_alone
+from hf_dp.training.made_up import KNOWN, MadeUpRows, each_alone
 
 logger = logging.getLogger(__name__)
 
 _TOLERANCE = 1e-5
+_BOUNDS = (2, 10)  # of the whole numbers that are tried
 _MOST_PARAMETERS = 2_000_000_000  # of which a copy in float32, 8 GB, is made for the test
 
 
@@ -38,6 +39,9 @@ def padding_matters(
     padding_id: int | None = None,
 ) -> bool:
     """Whether a made-up example's loss changes with padding or with its neighbours.
+
+    Numbers of a user's own, say rewards, are zero in `rows`; others are tried as far as the loss takes
+    them. Losses that are all the same show nothing.
 
     Args:
         loss: One loss per example.
@@ -55,8 +59,10 @@ def padding_matters(
         wide = _wide(model)
         with full_precision(next(wide.parameters()).device), undisturbed(wide):
             if wide is not model or not is_coarse(wide):
-                return any(
-                    _differs(loss, wide, variant) for variant in _variants(rows, wide, padding_id)
+                variants = list(_variants(rows, wide, padding_id))
+                variants += [other for other in _numbered(rows) if _is_taken(loss, wide, other)]
+                return any(_differs(loss, wide, variant) for variant in variants) or not any(
+                    _tells(loss, wide, variant) for variant in variants
                 )
     except Exception as error:  # the loss is foreign code
         logger.debug("the loss could not be tried: %s", type(error).__name__)
@@ -89,6 +95,40 @@ def _variants(rows: MadeUpRows, model: nn.Module, padding_id: int | None) -> Seq
             for token in sorted(tokens)
         ),
     ]
+
+
+def _numbered(rows: MadeUpRows) -> Iterator[MadeUpRows]:
+    """The batch with other whole numbers in the columns of which nothing is known."""
+    generator = torch.Generator().manual_seed(0)  # public: so are the examples
+    free = {
+        name: value
+        for name, value in rows.items()
+        if isinstance(value, Tensor)
+        and value.dim() > 0
+        and not (value.is_floating_point() or value.is_complex())
+        and not (name in rows.spans or name in KNOWN)
+    }
+    for bound in _BOUNDS if free else ():
+        yield rows.with_columns(
+            {
+                name: torch.randint(0, bound, value.shape, generator=generator).to(value)
+                for name, value in free.items()
+            }
+        )
+
+
+def _is_taken(loss: ExampleLoss, model: nn.Module, rows: MadeUpRows) -> bool:
+    try:
+        return bool(_in_mode(loss, model, rows, training=False).isfinite().any())
+    except Exception as error:  # indices that are too large, say
+        logger.debug("other numbers were not taken: %s", type(error).__name__)
+        return False
+
+
+def _tells(loss: ExampleLoss, model: nn.Module, rows: MadeUpRows) -> bool:
+    """Whether examples have losses of their own."""
+    losses = _in_mode(loss, model, rows, training=False).detach()
+    return bool((losses - losses[0]).abs().max() > _TOLERANCE * losses.abs().max())
 
 
 def _as_wide(value: Any, model: nn.Module) -> Any:

@@ -176,3 +176,46 @@ def test_no_generator_is_left_where_the_trial_put_it(coupled: bool) -> None:
     assert Randomness.now(device).python == before.python
     assert np.array_equal(Randomness.now(device).numpy[1], before.numpy[1])
     assert Randomness.now(device).numpy[2:] == before.numpy[2:]
+
+
+def advantages(rewards: Tensor) -> Tensor:
+    return (rewards - rewards.mean()) / (rewards.std(unbiased=False) + 1e-4)
+
+
+def of_rewards(weigh: Callable[[Tensor], Tensor], *, most: int | None = None) -> bool:
+    """Whether neighbours matter to a loss that weighs examples by whole numbers in a column of its own."""
+
+    def losses(model: nn.Module, inputs: Any) -> Tensor:
+        rewards = inputs["rewards"]
+        if most is not None and bool((rewards > most).any()):
+            raise ValueError("unknown reward")
+        return class_losses(model, inputs) * weigh(rewards.double())
+
+    model = Pooled(forgets=False)
+    columns = {
+        "input_ids": torch.zeros(1, 4, dtype=torch.long),
+        "attention_mask": torch.ones(1, 4, dtype=torch.long),
+        "labels": torch.zeros(1, dtype=torch.long),
+        "rewards": torch.tensor([most == 1]) if most == 1 else torch.tensor([3]),
+    }
+    rows = made_up_rows(model, columns)
+    rows["labels"] = torch.tensor([0, 1, 2, 1])
+    return padding_matters(losses, model, rows, PAD)
+
+
+@pytest.mark.parametrize("most", [None, 1, 5])
+def test_examples_that_meet_in_whole_numbers_of_the_user_s_are_found(most: int | None) -> None:
+    """Made-up rewards are all zero, and so would be every loss."""
+    assert of_rewards(advantages, most=most)
+    assert not of_rewards(lambda rewards: rewards + 1, most=most)
+    assert not of_rewards(lambda rewards: rewards, most=most)
+
+
+def test_losses_that_are_all_alike_show_nothing() -> None:
+    assert of_rewards(lambda rewards: rewards, most=0)
+
+
+def test_without_other_numbers_it_would_not_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_dp.training.padding._numbered", lambda rows: [])  # planted
+    monkeypatch.setattr("hf_dp.training.padding._tells", lambda *_: True)
+    assert not of_rewards(advantages)
