@@ -49,6 +49,7 @@ from hf_dp.training.refused_parts import (
     refuse_dataset,
     refuse_model,
     refuse_optimizer,
+    refuse_preparing,
     refuse_sampler,
 )
 from hf_dp.training.rehearsal import rehearse
@@ -141,6 +142,7 @@ class DPTrainerMixin(SettledMixin, ShownMixin):
     def _refuse_parts(self) -> None:
         refuse_model(self.model)
         refuse_collator(self.data_collator)
+        refuse_preparing(self)
 
     # ---- what is claimed ------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import FunctionType
 from typing import Any
 
 from torch import nn
@@ -25,6 +26,9 @@ _CONTRASTIVE = frozenset(
 
 _SAMPLERS = ("torch.", "accelerate.")  # where those of the Trainer come from
 _COMPETING = frozenset({"NllbMoeTop2Router"})
+
+_BETWEEN = ("_prepare_inputs", "_prepare_input", "get_batch_samples")  # collator and model
+_HOSTS = frozenset({"transformers", "trl", "hf_dp", "accelerate", "torch"})
 
 
 def refuse_model(model: nn.Module) -> None:
@@ -126,6 +130,37 @@ def refuse_collator(collator: object) -> None:
                 "Masks from a known seed move from one example to the next when an example is missing.",
                 "Leave the seed out: collators draw from secret coins.",
             )
+
+
+def refuse_preparing(trainer: object) -> None:
+    """Refuse methods that come between the collator and the model, if no library wrote them.
+
+    Raises:
+        ConfigurationError: A class of the trainer, or itself, has one.
+    """
+    holders = [vars(trainer), *map(vars, type(trainer).__mro__)]
+    for name in _BETWEEN:
+        foreign = [h[name] for h in holders if name in h and not _of_a_host(h[name])]
+        if foreign:
+            raise _coupled(
+                f"{type(trainer).__name__}.{name}",
+                getattr(foreign[0], "__qualname__", type(foreign[0]).__qualname__),
+                "the method of transformers, trl or hf_dp",
+                "It is given all rows of a micro-batch, and an example that gets into several of them, as by "
+                "mixup, would count in each.",
+                "Prepare each example by itself: in the dataset, in the data collator, or in compute_loss, "
+                "which is then called for one example at a time.",
+            )
+
+
+def _of_a_host(function: Any) -> bool:
+    """Whether all functions that one is wrapped in come from libraries; names may be copied, globals not."""
+    function = getattr(function, "__func__", function)
+    while isinstance(function, FunctionType):
+        if str(function.__globals__.get("__name__")).partition(".")[0] not in _HOSTS:
+            return False
+        function = getattr(function, "__wrapped__", None)
+    return function is None
 
 
 def _with_parts(collator: object) -> list[object]:

@@ -26,6 +26,7 @@ from hf_dp.training.memoryless import refuse_memory
 from hf_dp.training.missing import refuse_missing_labels
 from hf_dp.training.ownership import Ownership
 from hf_dp.training.packing import apart
+from hf_dp.training.reading import refuse_own_draws
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Host
@@ -69,6 +70,8 @@ class SettledMixin(_Host):
             refuse_missing_labels(
                 host.dataset, host.collate_fn, self.label_names, self._ownership.column
             )
+            if self.dp_args.preflight:
+                refuse_own_draws(host.dataset, len(self.train_dataset))
             item = self._first(host)
             refuse_memory(host.collate_fn, item)
             self._fills = fills_of(host.collate_fn, item)
