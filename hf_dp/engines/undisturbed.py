@@ -23,8 +23,8 @@ _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
 
 @contextlib.contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Dropout off, rows of zeros filled; afterwards the model is `as_it_was`.
+def undisturbed(model: nn.Module, *, dropout: bool = False) -> Iterator[None]:
+    """Dropout off unless it is asked for, rows of zeros filled; afterwards the model is `as_it_was`.
 
     The model keeps its mode, since in evaluation mode other code would run than in training. A
     trainable parameter that is zero (a new head, LoRA's second matrix) would hide all that lies before
@@ -33,7 +33,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """
     with as_it_was(model), contextlib.ExitStack() as stack:
         stack.callback(_restore_parameters, _filled(model))
-        stack.enter_context(without_dropout())
+        if not dropout:
+            stack.enter_context(without_dropout())
         stack.enter_context(without_fast_path())
         yield
 

@@ -106,7 +106,7 @@ class _Numbers:
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         groups: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
-            for place, flat in _numbers(name, tensor):
+            for place, flat in numbers_of(name, tensor):
                 groups.setdefault((flat.device, flat.dtype), {})[place] = flat
         self.wholes: list[Tensor] = []
         self.of: dict[str, Tensor] = {}
@@ -129,16 +129,16 @@ class _Numbers:
         ]
 
 
-def _numbers(name: str, tensor: Any) -> Iterator[tuple[str, Tensor]]:
+def numbers_of(name: str, tensor: Any) -> Iterator[tuple[str, Tensor]]:
     """The numbers of a tensor, in one dimension, as whole numbers: all of them, or sums and the rest."""
     if type(tensor) not in _PLAIN and is_traceable_wrapper_subclass(tensor):
         for part in tensor.__tensor_flatten__()[0]:
-            yield from _numbers(f"{name}/{part}", getattr(tensor, part))
+            yield from numbers_of(f"{name}/{part}", getattr(tensor, part))
     elif tensor.layout == torch.sparse_coo:
-        yield from _numbers(f"{name}/indices", tensor._indices())
-        yield from _numbers(f"{name}/values", tensor._values())
+        yield from numbers_of(f"{name}/indices", tensor._indices())
+        yield from numbers_of(f"{name}/values", tensor._values())
     elif tensor.layout != torch.strided:
-        yield from _numbers(f"{name}/dense", tensor.to_dense())
+        yield from numbers_of(f"{name}/dense", tensor.to_dense())
     elif tensor.device.type != "meta":
         real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
         flat = real.reshape(-1).view(_WHOLE[real.element_size()])

@@ -56,12 +56,7 @@ from hf_dp.training.rehearsal import rehearse
 from hf_dp.training.settled import SettledMixin
 from hf_dp.training.shown import ShownMixin
 from hf_dp.training.spending import Claim, Spending
-from hf_dp.training.step import (
-    clipped_sum_of,
-    released_loss,
-    set_gradients,
-    tracked,
-)
+from hf_dp.training.step import clipped_sum_of, released_loss, set_gradients, tracked
 from hf_dp.training.tasks import recognise_task
 from hf_dp.training.trained_before import announce_earlier, earlier_runs, for_header, remember
 
@@ -292,7 +287,7 @@ class DPTrainerMixin(SettledMixin, ShownMixin):
             self.optimizer.train()
         refuse_optimizer(self.optimizer, model)
         batch = drawn(inputs)
-        with self._lines.silent(), self.coins.for_library_code():
+        with self._while_losses_are_computed():
             self._rehearse(model, plan)
             summed = clipped_sum_of(
                 model,

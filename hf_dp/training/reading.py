@@ -46,7 +46,7 @@ def refuse_own_draws(dataset: Any, size: int) -> None:
                 item = dataset[place]
                 if place not in first:
                     first[place] = _copied(item)
-                elif not _same(first[place], item):
+                elif not same_item(first[place], item):
                     raise ConfigurationError(
                         explain(
                             "train_dataset[...]",
@@ -69,12 +69,12 @@ def _copied(item: Any) -> Any:
         return item
 
 
-def _same(one: Any, other: Any) -> bool:
+def same_item(one: Any, other: Any) -> bool:
     """Whether two items are equal; what cannot be compared counts as equal."""
     if isinstance(one, Mapping) and isinstance(other, Mapping):
-        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+        return one.keys() == other.keys() and all(same_item(one[key], other[key]) for key in one)
     if isinstance(one, list | tuple) and isinstance(other, list | tuple):
-        return len(one) == len(other) and all(map(_same, one, other))
+        return len(one) == len(other) and all(map(same_item, one, other))
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return _same_tensor(one, other)
     if type(one).__module__.startswith("PIL.") or isinstance(one, np.ndarray | np.generic):
@@ -84,7 +84,7 @@ def _same(one: Any, other: Any) -> bool:
     if isinstance(one, str | bytes | int | complex | None):
         return bool(one == other)
     inside = getattr(one, "__dict__", None)  # a data class, say
-    return not inside or _same(inside, getattr(other, "__dict__", None))
+    return not inside or same_item(inside, getattr(other, "__dict__", None))
 
 
 def _same_tensor(one: Tensor, other: Tensor) -> bool:
@@ -99,5 +99,5 @@ def _same_array(one: np.ndarray, other: np.ndarray) -> bool:
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     if one.dtype == object:
-        return all(map(_same, one.ravel(), other.ravel()))
+        return all(map(same_item, one.ravel(), other.ravel()))
     return one.tobytes() == other.tobytes()

@@ -28,7 +28,7 @@ _SAMPLERS = ("torch.", "accelerate.")  # where those of the Trainer come from
 _COMPETING = frozenset({"NllbMoeTop2Router"})
 
 _BETWEEN = ("_prepare_inputs", "_prepare_input", "get_batch_samples")  # collator and model
-_HOSTS = frozenset({"transformers", "trl", "hf_dp", "accelerate", "torch"})
+HOSTS = frozenset({"transformers", "trl", "hf_dp", "accelerate", "torch"})
 
 
 def refuse_model(model: nn.Module) -> None:
@@ -157,7 +157,7 @@ def _of_a_host(function: Any) -> bool:
     """Whether all functions that one is wrapped in come from libraries; names may be copied, globals not."""
     function = getattr(function, "__func__", function)
     while isinstance(function, FunctionType):
-        if str(function.__globals__.get("__name__")).partition(".")[0] not in _HOSTS:
+        if str(function.__globals__.get("__name__")).partition(".")[0] not in HOSTS:
             return False
         function = getattr(function, "__wrapped__", None)
     return function is None

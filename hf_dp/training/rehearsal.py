@@ -21,6 +21,7 @@ from hf_dp.plan import PrivacyPlan
 from hf_dp.training.choice import Choice
 from hf_dp.training.losses import is_coarse
 from hf_dp.training.made_up import each_alone
+from hf_dp.training.remembered import refuse_remembering
 
 logger = logging.getLogger(__name__)
 
@@ -54,9 +55,6 @@ def rehearse(
         PrivacyError: See `preflight`.
         ConfigurationError: Likewise.
     """
-    if choice.is_definition:
-        logger.info("hf_dp: preflight: nothing to compare, as each example is computed alone")
-        return
     if choice.rows is None or not _runs(model, choice, example_loss):
         logger.warning(
             "hf_dp: preflight not possible: the model cannot be tried on made-up examples, so its engine "
@@ -64,6 +62,18 @@ def rehearse(
         )
         return
     together = None if one_by_one or choice.alone else choice.rows
+    refuse_remembering(
+        model,
+        choice.rows,
+        engine=engine,
+        example_loss=example_loss,
+        plan=plan,
+        together=together is not None,
+        owner="compute_loss" if choice.is_definition else "example_loss",
+    )
+    if choice.is_definition:
+        logger.info("hf_dp: preflight: nothing to compare, as each example is computed alone")
+        return
     owners = None
     if user_reduction is not None and together is not None:  # the first two examples are one user's
         owners = Owners((2, *(1,) * (batch_size(together) - 2)), user_reduction)

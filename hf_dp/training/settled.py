@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +28,7 @@ from hf_dp.training.missing import refuse_missing_labels
 from hf_dp.training.ownership import Ownership
 from hf_dp.training.packing import apart
 from hf_dp.training.reading import refuse_own_draws
+from hf_dp.training.remembered import nothing_kept
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Host
@@ -91,6 +93,12 @@ class SettledMixin(_Host):
         elif not self._choice.is_definition and self._set_aside is not None:
             self.engine, self._set_aside = self._set_aside, None
         return self._choice
+
+    @contextlib.contextmanager
+    def _while_losses_are_computed(self) -> Iterator[None]:
+        """Nothing is logged, draws are secret, and what a trainer keeps of it is told."""
+        with self._lines.silent(), self.coins.for_library_code(), nothing_kept(self):
+            yield
 
     def explain_engine(self, length: int = 128) -> EngineReport:
         """Which rule clips which parameter, in which form, at what cost.
