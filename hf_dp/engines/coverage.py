@@ -12,14 +12,13 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from hf_dp.engines.base import trainable_parameters
 from hf_dp.engines.by_content import Kinds, Twins
 from hf_dp.engines.familiar import foreign_code
+from hf_dp.engines.made_of import State, made_of, state_of
 from hf_dp.engines.sharded import unsharded, whole_parameter
-from hf_dp.engines.walk import named_modules_of
 from hf_dp.errors import UncoveredParameterError
 from hf_dp.layers.base import LayerRule, LayerRules, UnitAxis
 from hf_dp.layers.embedding import relative_bias
@@ -33,8 +32,6 @@ from hf_dp.layers.recognise import (
 )
 from hf_dp.layers.recognise_experts import keeps_tokens_apart
 
-_PLAIN = (int, float, complex, str, torch.dtype, type(None))
-State = tuple[tuple[Any, ...], tuple[Any, ...]]
 Source = tuple[str, int]
 """A number of positions that a pass shows: name of a batch's tensor or a module, and which axis."""
 
@@ -134,11 +131,11 @@ class Coverage:
         twins: Pairs of graphs of few examples, which show what grows with the batch.
         untold: Whether a graph came up that none of them is like.
         looks: How often such a pair was sought.
-        owners: The modules that own parameters, and what they do when they are called.
+        made_of: The modules, their classes, and the methods of both.
         foreign: What of the model's code is not that of known libraries; empty if all is.
         apart: Modules that are known to keep tokens apart, wherever they send them inside.
-        compared: The losses, by their code and the model's mode, with which examples among others were
-            compared with the same alone.
+        compared: The losses, by their code, the modules' modes and the batch's columns, with which examples
+            among others were compared with the same alone.
         refused: Those with which they differed, and what was said then.
         tried: The modules whose rules rest on what they were set to, and what that was.
     """
@@ -157,22 +154,27 @@ class Coverage:
     apart: Sequence[nn.Module] = ()
     compared: set[Hashable] = field(default_factory=set)
     refused: dict[Hashable, str] = field(default_factory=dict)
-    owners: list[tuple[Any, ...]] = field(init=False)
+    made_of: tuple[list[Any], ...] = field(init=False)
     tried: list[tuple[nn.Module, State]] = field(init=False)
 
     def __post_init__(self) -> None:
         """Note what the rules were chosen for."""
-        self.owners = _owners(self.model)
+        self.made_of = made_of(self.model)
         self.tried = [(p.module, state_of(p.module)) for p in self.points if rests_on_state(p)]
 
     def fits(self, model: nn.Module) -> bool:
-        """Whether the model still trains the same parameters, by the same modules' forwards and settings."""
+        """Whether the model still trains the same parameters, by the same modules, methods and settings."""
         now = trainable_parameters(model)
         same = now.keys() == self.parameters.keys() and all(
             now[name] is p for name, p in self.parameters.items()
         )
-        same = same and self.owners == _owners(model)
+        same = same and self.made_of == made_of(model)
         return same and all(state_of(module) == state for module, state in self.tried)
+
+    @property
+    def flags(self) -> tuple[bool, ...]:
+        """Which modules are in training mode: a head may be while the body is not."""
+        return tuple(module.training for module in self.made_of[0])
 
     @property
     def counts(self) -> bool:
@@ -266,36 +268,6 @@ class Coverage:
 def rests_on_state(point: TapPoint) -> bool:
     """Whether another setting of the module, say a scale, may ask for another rule."""
     return point.rule in CONDITIONS or is_on_probation(point.module, point.rule)
-
-
-def state_of(module: nn.Module) -> State:
-    """The plain values that a module holds, and the versions of its buffers."""
-    plain = tuple(
-        (name, value)
-        for name, value in vars(module).items()
-        if _is_plain(value) and name != "training"
-    )
-    buffers = tuple(
-        (name, id(buffer), buffer._version)
-        for name, buffer in module._buffers.items()
-        if buffer is not None and not buffer.is_inference()
-    )
-    return plain, buffers
-
-
-def _is_plain(value: object) -> bool:
-    return isinstance(value, _PLAIN) or (isinstance(value, tuple) and all(map(_is_plain, value)))
-
-
-def _owners(model: nn.Module) -> list[tuple[Any, ...]]:
-    return [
-        (
-            *(id(module), type(module), type(module).forward, vars(module).get("forward")),
-            *(getattr(type(module), "_apply_gate", None), vars(module).get("_apply_gate")),
-        )
-        for module in named_modules_of(model)
-        if module._parameters
-    ]
 
 
 def _under(name: str, points: Iterable[TapPoint]) -> bool:

@@ -101,7 +101,15 @@ def _is_unchanged(module: nn.Module) -> bool:
     if any(map(own.get, _HOOKS)) and any(_foreign_hooks(own.get(name)) for name in _HOOKS):
         return False
     forward, hook = own.get("forward"), own.get("_hf_hook")
-    return (forward is None or is_from_library(forward)) and _known_class(type(hook))
+    if hook is not None and not _is_known_hook(hook):
+        return False
+    return forward is None or is_from_library(forward)
+
+
+def _is_known_hook(hook: Any) -> bool:
+    """Whether a hook of accelerate's, and those that it calls one after the other, are the library's."""
+    held = getattr(hook, "__dict__", {}).values()
+    return _known_class(type(hook)) and all(_is_known_value(value, _DEPTH) for value in held)
 
 
 def _is_familiar_class(kind: type[Any]) -> bool:
@@ -139,7 +147,7 @@ def _is_known_value(value: Any, depth: int) -> bool:
         return depth == 0 or all(_is_known_value(inner, depth - 1) for inner in _inside(value))
     if isinstance(value, type):
         return _known_class(value)
-    return is_from_library(value) if callable(value) else True
+    return is_from_library(value) if callable(value) else _known_class(type(value))
 
 
 def _inside(value: Any) -> Iterator[Any]:
