@@ -19,7 +19,16 @@ from torch import Tensor, nn
 
 from hf_dp.engines.base import ExampleLoss
 from hf_dp.engines.coverage import Coverage, Layout, TapPoint, takes_folded
-from hf_dp.engines.probe import Probe, Seen, axis_of, doubled, mode_of, run_probe, without_axis
+from hf_dp.engines.probe import (
+    Probe,
+    Seen,
+    axis_of,
+    doubled,
+    mode_of,
+    modes_of,
+    run_probe,
+    without_axis,
+)
 from hf_dp.engines.rows import batch_size, select_rows
 from hf_dp.engines.sketch import Sketch, in_order
 from hf_dp.layers.base import FIRST, FOLDED, ROW, SHARED, UnitAxis
@@ -57,8 +66,8 @@ def establish_axes(
     """
     axes: dict[str, dict[Hashable, Layout]] = {}
     doubts: dict[str, str] = {}
-    training, device = model.training, next(iter(coverage.parameters.values())).device
-    for mode in (False, True) if training else (False,):
+    device = next(iter(coverage.parameters.values())).device
+    for mode in modes_of(model):
         missing = [p for p in coverage.points if p.method == "forward" and p.name not in axes]
         missing = [p for p in missing if p.name not in doubts]
         if not missing:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from hf_dp.engines.base import ExampleLoss, checked_losses, trainable_parameters
 from hf_dp.engines.coupling import gradient_gap, mates_refusal
-from hf_dp.engines.probe import mode_of
+from hf_dp.engines.probe import mode_of, modes_of
 from hf_dp.engines.rows import batch_size, row, select_rows, tensors_in
 from hf_dp.engines.sharded import Ranks
 from hf_dp.engines.undisturbed import without_dropout
@@ -33,17 +33,19 @@ Batch = Mapping[str, Any]
 _TRIED, _PAIR = 4, 2
 _ROUNDS = 4
 # Of losses, relative: what rounding does not explain in several examples.
-_GAPS = {"float32": 1e-4, "accelerator": 2e-3, "half": 5e-2}
-_GRADIENT_GAPS = {"float32": 1e-2, "accelerator": 5e-2, "half": 0.5}
-_LITTLE_LOSS = 0.1
+GAPS = {"float32": 1e-4, "accelerator": 2e-3, "half": 5e-2}
+GRADIENT_GAPS = {"float32": 1e-2, "accelerator": 5e-2, "half": 0.5}
+_LITTLE_LOSS = 0.1  # losses are compared relative to themselves and this
+# Losses up to which gradients may be all rounding: they are as long, and so are the logits' last digits.
+_NO_LOSSES = {"float32": 1e-4, "accelerator": 0.1, "half": 0.1}
 _LITTLE_GRADIENT = 2e-3  # of the loss: gradients that are shorter count as this long, for rounding
 
 
 def check_mates(model: nn.Module, inputs: Batch, example_loss: ExampleLoss) -> None:
     """Compare the losses of a few examples among others with those of the same examples alone.
 
-    In evaluation mode and, where nothing but dropout is drawn, in the mode that the model is in. All
-    rows keep their padding. A gap must show in two examples, where there are more than two. So with
+    In evaluation mode and, where nothing but dropout is drawn, with every module in the mode that it is
+    in. All rows keep their padding. A gap must show in two examples, where there are more than two. So with
     gradients, in which what lies behind a branch that starts at zero shows first; where the loss is next
     to nothing, they are all rounding.
 
@@ -56,21 +58,22 @@ def check_mates(model: nn.Module, inputs: Batch, example_loss: ExampleLoss) -> N
         ConfigurationError: They differ by more than rounding.
     """
     device = next(model.parameters()).device
-    for training in (False, True) if model.training else (False,):
+    for training in modes_of(model):
         with kept_randomness(device), mode_of(model, training=training), without_dropout():
             before = Randomness.now(device)
-            with _noting_half(model) as halves, torch.no_grad():
+            with noting_half(model) as halves, torch.no_grad():
                 example_loss(model, inputs)
             if not Randomness.now(device).same(before):
                 continue  # other draws for an example alone than among others
-            rounding = "half" if halves else "float32" if device.type == "cpu" else "accelerator"
-            mates = _Mates(model, inputs, example_loss, _GAPS[rounding])
+            rounding = coarseness(device, half=bool(halves))
+            mates = _Mates(model, inputs, example_loss, GAPS[rounding], _NO_LOSSES[rounding])
             index = mates.row_that_shows(mates.loss_gaps, outliers=True)
             if index is None and not mates.ranks.together:
-                mates = _Mates(model, inputs, example_loss, _GRADIENT_GAPS[rounding])
+                gap = GRADIENT_GAPS[rounding]
+                mates = _Mates(model, inputs, example_loss, gap, _NO_LOSSES[rounding])
                 index = mates.row_that_shows(mates.gradient_gaps)
             if index is not None:
-                raise mates_refusal(model, inputs, index, example_loss, _GAPS[rounding])
+                raise mates_refusal(model, inputs, index, example_loss, GAPS[rounding])
 
 
 @dataclass(frozen=True)
@@ -92,10 +95,15 @@ class _Mates:
     """The examples of a batch, put together in several ways; as often on all ranks of a sharded model."""
 
     def __init__(
-        self, model: nn.Module, inputs: Batch, example_loss: ExampleLoss, little: float
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        example_loss: ExampleLoss,
+        little: float,
+        no_loss: float,
     ) -> None:
         self._model, self._inputs, self._example_loss = model, inputs, example_loss
-        self._little = little
+        self._little, self._no_loss = little, no_loss
         self._size = batch_size(inputs)
         self._shown: dict[int, float] = {}  # row -> its largest gap
         self._idle: set[int] = set()
@@ -160,10 +168,10 @@ class _Mates:
         alone = torch.cat([self._losses(row(batch, place)) for place in places])
         least = losses.abs().nan_to_num(0, 0, 0).mean() + _LITTLE_LOSS
         scale = alone.abs().nan_to_num(0, 0, 0) + least
-        gaps = _apart(among, alone) / scale
+        gaps = apart(among, alone) / scale
         if self.ranks.any(bool((gaps > self._little).any())):
             again = self._losses(batch)[places]  # what changes by itself is no coupling
-            gaps = gaps - _apart(among, again) / scale
+            gaps = gaps - apart(among, again) / scale
         heights = losses.abs().nan_to_num(0, 0, 0)
         heights[places] = heights[places].maximum(alone.abs().nan_to_num(0, 0, 0))
         idle = (heights <= self._little * least).nonzero().flatten().tolist()
@@ -178,12 +186,12 @@ class _Mates:
         for place in _ends(losses):
             alone = checked_losses(self._example_loss(self._model, row(batch, place)), 1)
             loss = float(alone.detach().abs())
-            if loss > _LITTLE_LOSS:
+            if loss > self._no_loss:
                 gap, length = gradient_gap(together[place], alone, parameters)
                 found = (gap / max(length, (_LITTLE_GRADIENT * loss) ** 2)) ** 0.5
                 gaps[place] = found if math.isfinite(found) else 0.0
         heights = losses.abs().nan_to_num(0, 0, 0)
-        idle = (heights <= _LITTLE_LOSS).nonzero().flatten().tolist()
+        idle = (heights <= self._no_loss).nonzero().flatten().tolist()
         return _Compared(losses, gaps, idle)
 
     def _losses(self, batch: Batch) -> Tensor:
@@ -191,7 +199,12 @@ class _Mates:
         return wide(losses).double().cpu()
 
 
-def _apart(one: Tensor, other: Tensor) -> Tensor:
+def coarseness(device: torch.device, *, half: bool) -> str:
+    """Which of `GAPS` holds on a device, where fewer digits than float32's may have been computed with."""
+    return "half" if half else "float32" if device.type == "cpu" else "accelerator"
+
+
+def apart(one: Tensor, other: Tensor) -> Tensor:
     """Distances; infinite between a number and what is none."""
     gaps = (one - other).abs().nan_to_num(0, 0, 0)
     return gaps.masked_fill(one.isfinite() != other.isfinite(), torch.inf)
@@ -208,7 +221,7 @@ def _ends(losses: Tensor) -> list[int]:
 
 
 @contextlib.contextmanager
-def _noting_half(model: nn.Module) -> Iterator[list[bool]]:
+def noting_half(model: nn.Module) -> Iterator[list[bool]]:
     """A list that is not empty once a module gave numbers with fewer digits than float32 has."""
     found: list[bool] = []
 

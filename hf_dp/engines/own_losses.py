@@ -27,16 +27,28 @@ class Outputs:
     Attributes:
         model: The model.
         edges: Where its outputs are in the graph.
+        given: The outputs, each with the versions that its tensors had.
     """
 
     def __init__(self, model: nn.Module) -> None:
         """Nothing was given yet."""
         self.model = model
         self.edges: list[GradientEdge] = []
+        self.given: list[tuple[object, list[int]]] = []
 
     def note(self, module: nn.Module, args: object, output: object) -> None:
         """A forward hook."""
-        self.edges += [get_gradient_edge(t) for t in tensors_in(output) if t.grad_fn is not None]
+        tensors = list(tensors_in(output))
+        self.edges += [get_gradient_edge(t) for t in tensors if t.grad_fn is not None]
+        self.given.append((output, [_version_of(t) for t in tensors]))
+
+    def unchanged(self) -> list[object]:
+        """What the model gave each time that it was called; nothing if that was changed in place."""
+        same = all(
+            versions == [_version_of(t) for t in tensors_in(output)]
+            for output, versions in self.given
+        )
+        return [output for output, _ in self.given] if same else []
 
     def prove(self, losses: Tensor) -> bool:
         """Whether all that `losses`, ``(B,)``, depend on is each one's own row of the outputs."""
@@ -68,6 +80,10 @@ class Outputs:
         if beyond or (len(reached) > 1 and _walk(_before(reached), reached)[0]):
             return []
         return [edge for edge in self.edges if edge.node in reached]
+
+
+def _version_of(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _walk(start: Iterable[Node | None], ends: Set[Node]) -> tuple[set[Node], bool]:

@@ -14,7 +14,7 @@ from hf_dp.engines.base import ExampleLoss, is_out_of_memory
 from hf_dp.engines.coverage import NotTappableError, TapPoint
 from hf_dp.engines.sketch import Sketch
 from hf_dp.engines.tap import note_sizes
-from hf_dp.engines.undisturbed import without_fast_path
+from hf_dp.engines.undisturbed import evaluation_flags, without_fast_path
 from hf_dp.engines.whole_tap import Leaves, kind_of_call
 from hf_dp.layers.base import FOLDED, ROW, SHARED, UnitAxis, repeated
 
@@ -41,13 +41,18 @@ class Probe:
     refused: dict[str, str] = field(default_factory=dict)
 
 
+def modes_of(model: nn.Module) -> tuple[bool, ...]:
+    """The modes to look at a model in, for `mode_of`: in evaluation, and as it is if any module trains."""
+    return (False, True) if any(module.training for module in model.modules()) else (False,)
+
+
 @contextlib.contextmanager
 def mode_of(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """Every module in evaluation mode, or each as it is; neither calls other code than training does."""
+    """Every module's flag set to evaluation, or each as it is; no other code runs than in training."""
     before = {module: module.training for module in model.modules()}
     try:
         if not training:
-            model.eval()
+            evaluation_flags(model)
         with without_fast_path():
             yield
     finally:

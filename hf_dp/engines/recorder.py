@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
+from hf_dp.engines.alone_again import Ends
 from hf_dp.engines.attach import recording
 from hf_dp.engines.attribution import Proof
 from hf_dp.engines.base import ExampleLoss, checked_losses
@@ -75,11 +76,16 @@ class Recorder:
             NotTappableError: The examples are not where those of the first micro-batch were; the backward
                 pass may find that, too. `look_again` may help.
             UncoveredParameterError: Some gradient cannot be told apart by example.
+            ConfigurationError: Examples influence one another; on the way out of the context, too.
         """
         with _told_of_own_backward():
             coverage = self._settled(model, inputs, example_loss)
         with recording(coverage, batch_size(inputs)) as record:
-            yield _run(record, coverage, model, inputs, example_loss, owners)
+            passed, ends = _run(record, coverage, model, inputs, example_loss, owners)
+            yield passed
+        with _told_of_own_backward():
+            if ends is not None and record.ranks.any(ends.show()):
+                compare_mates(model, inputs, coverage, example_loss, again=True)
 
     def look_again(
         self, model: nn.Module, inputs: Mapping[str, Any], example_loss: ExampleLoss
@@ -128,7 +134,7 @@ def _run(
     inputs: Mapping[str, Any],
     example_loss: ExampleLoss,
     owners: Owners | None,
-) -> Pass:
+) -> tuple[Pass, Ends | None]:
     num_units = record.num_units
     with hooks_on_gradients() as hooks, watched(model) as outputs:
         losses = checked_losses(example_loss(model, inputs), num_units)
@@ -138,12 +144,17 @@ def _run(
         check_folds(record, inputs, num_units)
     record.tell()
     passed = Pass(coverage, record, losses, owners)
+    ends: Ends | None = None
     if num_units > 1 and losses.requires_grad:
         strange = bool(hooks or coverage.foreign) or not still_familiar(model)
-        if not (strange or is_from_library(example_loss)):
+        own = not is_from_library(example_loss)
+        if record.ranks.any(strange or own):
+            given = None if strange else outputs.unchanged()
+            ends = Ends(model, inputs, example_loss, losses, given, record.ranks)
+        if own and not strange:
             strange = not outputs.prove(losses)
         passed.prepare_proof(losses, strange=strange)
-    return passed
+    return passed, ends
 
 
 class Pass:

@@ -15,10 +15,10 @@ from hf_dp.engines.axes import establish_axes, unexplained
 from hf_dp.engines.base import ExampleLoss, checked_losses, is_out_of_memory
 from hf_dp.engines.by_content import Graph, Twins
 from hf_dp.engines.coverage import Coverage, LayoutUnknownError, NotTappableError, TapPoint
-from hf_dp.engines.loss_keys import loss_key
+from hf_dp.engines.loss_keys import code_of
 from hf_dp.engines.mates import check_mates
 from hf_dp.engines.precision import full_precision
-from hf_dp.engines.probe import mode_of, sizes_of
+from hf_dp.engines.probe import mode_of, modes_of, sizes_of
 from hf_dp.engines.rows import batch_size, select_rows
 from hf_dp.engines.sharded import first_rows, is_sharded
 from hf_dp.engines.tap import Call, UsedOutsideError
@@ -30,7 +30,6 @@ from hf_dp.layers.repeats import UnrepeatedError
 
 _TWINS = (2, 3)  # examples
 _MOST_LOOKS = 8  # a model that goes more ways than this is proved every time on those
-_MOST_LOSSES = 16  # beyond, losses that differ in numbers alone count as one
 _UNCHANGED = 2e-2  # losses with and without taps: rounding in any dtype
 
 
@@ -77,22 +76,34 @@ def settle(
 
 
 def compare_mates(
-    model: nn.Module, inputs: Mapping[str, Any], coverage: Coverage, example_loss: ExampleLoss
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    coverage: Coverage,
+    example_loss: ExampleLoss,
+    *,
+    again: bool = False,
 ) -> None:
-    """Compare a few examples among others with the same alone, once for each loss and mode.
+    """Compare a few examples among others with the same alone, once for each loss, mode and set of columns.
 
-    What was refused once stays refused: that a later batch does not show it proves nothing.
+    A loss counts by its code: what it is set to may change from one batch to the next, and shows in each
+    (`alone_again`). What was refused once stays refused: that a later batch does not show it proves nothing.
+
+    Args:
+        model: As the engine calls it.
+        inputs: Two or more examples.
+        coverage: Keeps what was compared, and what was refused.
+        example_loss: One loss per example.
+        again: Whether it was compared before.
 
     Raises:
         ConfigurationError: An example's loss or gradient among others is not what it is alone.
     """
-    few = len(coverage.compared) < _MOST_LOSSES
-    key = (loss_key(example_loss, numbers=few), model.training)
+    key = (code_of(example_loss), coverage.flags, tuple(sorted(inputs)))
     if key in coverage.refused:
         raise ConfigurationError(
             f"{coverage.refused[key]} (Refused before; a new engine looks anew.)"
         )
-    if key in coverage.compared:
+    if key in coverage.compared and not again:
         return
     device = next(iter(coverage.parameters.values())).device
     try:
@@ -107,7 +118,7 @@ def compare_mates(
 def _climbed_in_trial(
     model: nn.Module, few: Mapping[str, Any], coverage: Coverage, example_loss: ExampleLoss
 ) -> bool:
-    for training in (False, True) if model.training else (False,):
+    for training in modes_of(model):
         try:
             with mode_of(model, training=training):
                 _trial(model, few, coverage, example_loss)

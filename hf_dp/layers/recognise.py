@@ -189,15 +189,21 @@ def _computes(module: nn.Module, formula: Formula, width: int) -> bool:
             for parameter in twin.parameters():
                 parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
             return all(
-                _agree(twin.train(training), formula, inputs)
+                _agree(_in_mode(twin, training), formula, inputs)
                 for training in (True, False)
                 for inputs in (x, x.flatten(0, 1))
             ) and all(
-                _agree(twin.train(module.training), formula, drawn(*further), values_only=large)
+                _agree(_in_mode(twin, module.training), formula, drawn(*further), values_only=large)
                 for further in _FURTHER
             )
     except Exception:  # foreign code, tried on a guess: it may fail in any way
         return False
+
+
+def _in_mode(twin: nn.Module, training: bool) -> nn.Module:
+    for module in twin.modules():  # an overridden train() may do more than that
+        module.training = training
+    return twin
 
 
 def _agree(twin: nn.Module, formula: Formula, x: Tensor, *, values_only: bool = False) -> bool:

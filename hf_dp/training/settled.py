@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -119,14 +120,27 @@ class SettledMixin(_Host):
                 norm=self._clipping_norm_type,
             )
 
-    def _loss_of_each(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    @property
+    def _loss_of_each(self) -> ExampleLoss:
+        """The chosen loss, packed so that engines see whose code it is."""
         assert self._choice is not None
-        with self.compute_loss_context_manager():
-            pieces = apart(inputs)
-            if pieces is None:
-                return self._choice.example_loss(model, inputs)
-            return torch.cat([self._choice.example_loss(model, piece) for piece in pieces])
+        return functools.partial(
+            _of_each, self.compute_loss_context_manager, self._choice.example_loss
+        )
 
     def _first(self, host: DataLoader[Any]) -> Any:
         """An example, for its columns, as collators may see it."""
         return without_column(host.dataset[0], self._ownership.column)
+
+
+def _of_each(
+    context: Callable[[], contextlib.AbstractContextManager[Any]],
+    example_loss: ExampleLoss,
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+) -> Tensor:
+    with context():
+        pieces = apart(inputs)
+        if pieces is None:
+            return example_loss(model, inputs)
+        return torch.cat([example_loss(model, piece) for piece in pieces])

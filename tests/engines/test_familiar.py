@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from adapter_zoo import adapted
 from engine_zoo import Batch, assert_same_sum, build, naive
 from family_zoo import FAMILIES
@@ -22,7 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from hf_dp.clipping import FlatClipping
 from hf_dp.engines import BookKeepingEngine, familiar, recorder
 from hf_dp.engines.familiar import foreign_code, is_from_library
-from hf_dp.errors import UncoveredParameterError
+from hf_dp.errors import ConfigurationError, UncoveredParameterError
 from hf_dp.training.tasks import Task
 from hf_dp.training.vectorised import vectorised_loss
 
@@ -49,6 +50,15 @@ class Callable_:
 
 
 def mine(*args: Any) -> Any: ...
+
+
+class Variant:
+    """As peft's LoraVariant: not called itself, but its methods are."""
+
+
+class OwnModelHook(ModelHook):
+    def post_forward(self, module: Any, output: Any) -> Any:
+        return output
 
 
 class MyLinear(nn.Linear):
@@ -93,6 +103,20 @@ def own_list(model: Any) -> None:
     model.bert.steps = [(mine,)]
 
 
+def own_variant(model: Any) -> None:
+    model.bert.pooler.lora_variant = {"default": Variant()}
+
+
+def own_appended_hook(model: Any) -> None:
+    add_hook_to_module(model.classifier, ModelHook())
+    assert foreign_code(model) == ""
+    add_hook_to_module(model.classifier, OwnModelHook(), append=True)
+
+
+def own_model_hook(model: Any) -> None:
+    add_hook_to_module(model.classifier, OwnModelHook())
+
+
 def traced(model: Any) -> None:
     model.classifier = torch.fx.symbolic_trace(model.classifier)
 
@@ -100,7 +124,7 @@ def traced(model: Any) -> None:
 @pytest.mark.parametrize(
     "change",
     [own_class, own_forward, own_hook, own_pre_hook, own_function, own_callable, own_partial,
-     own_decorator, own_list, traced],
+     own_decorator, own_list, own_variant, own_model_hook, own_appended_hook, traced],
 )  # fmt: skip
 def test_code_of_one_s_own_is_seen_wherever_it_is_put(change: Callable[[Any], None]) -> None:
     model = build("bert-cls")
@@ -238,6 +262,9 @@ def test_a_loss_of_one_s_own_is_proved_on_every_batch(
     with pytest.raises(UncoveredParameterError):
         with_a_loss_that_changes(past_the_outputs=past)
     monkeypatch.setattr("hf_dp.engines.own_losses.Outputs.prove", lambda *_: True)  # planted
+    with pytest.raises(ConfigurationError, match="batch mates"):  # the losses show it, too
+        with_a_loss_that_changes(past_the_outputs=past)
+    monkeypatch.setattr("hf_dp.engines.recorder.Ends.show", lambda *_: False)  # planted
     with pytest.raises(AssertionError):
         with_a_loss_that_changes(past_the_outputs=past)
 
@@ -260,3 +287,42 @@ def test_a_loss_of_one_s_own_leaves_a_familiar_model_unproved(
             model, {"x": torch.randn(4, 3, 4)}, example_loss=squares, clipping=FlatClipping(C)
         )
     assert len(proofs) == 1
+
+
+def swapped(model: Any) -> None:
+    model[1] = Roll()
+
+
+def patched_class(model: Any) -> None:
+    type(model[2]).activation = lambda _, x: x.roll(1, 0)
+
+
+def patched_forward(model: Any) -> None:
+    type(model[2]).forward = lambda _, x: x.roll(1, 0)
+
+
+class Roll(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.roll(1, 0)
+
+
+@pytest.mark.parametrize("change", [swapped, patched_class, patched_forward])
+@pytest.mark.parametrize("noticed", [True, False])
+def test_what_becomes_somebody_else_s_after_the_first_batch_is_looked_at_anew(
+    change: Callable[[Any], None], noticed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Plain(nn.Module):
+        def activation(self, x: Tensor) -> Tensor:
+            return x.tanh()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.activation(x)
+
+    if not noticed:  # planted
+        monkeypatch.setattr("hf_dp.engines.coverage.made_of", lambda _: ([],))
+    model = nn.Sequential(nn.Linear(4, 4).double(), nn.Tanh(), Plain())
+    engine = BookKeepingEngine()
+    before = engine.recorder.coverage(model)
+    assert engine.recorder.coverage(model) is before
+    change(model)
+    assert (engine.recorder.coverage(model) is not before) is noticed

@@ -99,6 +99,17 @@ def test_weights_that_the_batch_gives_are_refused(kind: str, rows: int) -> None:
     assert refused(weighing(OTHERS[kind]), inputs_of(rows))
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-3])
+def test_gradients_are_compared_where_losses_are_small(
+    scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = weighing(OTHERS["share of the sum"], gradient_alone=True)
+    small: ExampleLoss = lambda model, inputs: scale * shared(model, inputs)  # noqa: E731
+    assert refused(small, inputs_of(6))
+    monkeypatch.setitem(mates._NO_LOSSES, "float32", 0.1)  # planted
+    assert refused(small, inputs_of(6)) == (scale == 1.0)
+
+
 @pytest.mark.parametrize("share", [0.25, 0.5, 0.75, 0.9])
 def test_a_share_of_the_batch_is_refused_also_where_losses_are_nothing(share: float) -> None:
     inputs = inputs_of(12)
@@ -187,7 +198,7 @@ def test_each_part_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not refused(one_left_out, inputs)
     with monkeypatch.context() as planted:
         plain: Any = lambda one, other: (one - other).abs().nan_to_num(0, 0, 0)  # noqa: E731
-        planted.setattr(mates, "_apart", plain)
+        planted.setattr(mates, "apart", plain)
         assert not refused(weighing(OTHERS["advantages"]), inputs)
 
 
