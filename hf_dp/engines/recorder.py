@@ -24,7 +24,7 @@ from hf_dp.engines.precision import full_precision
 from hf_dp.engines.reentrant import refuse_reentrant
 from hf_dp.engines.rows import batch_size
 from hf_dp.engines.settle import check_folds, compare_mates, learn_what_grows, settle
-from hf_dp.engines.sharded import first_rows, is_sharded
+from hf_dp.engines.sharded import first_rows, is_sharded, left_in_shards
 from hf_dp.engines.tap import Call, OwnBackwardError, Recording, UsedOutsideError
 from hf_dp.engines.together import Alike, Group, Waiting
 from hf_dp.engines.whole_tap import whole_call
@@ -83,8 +83,10 @@ class Recorder:
         with recording(coverage, batch_size(inputs)) as record:
             passed, ends = _run(record, coverage, model, inputs, example_loss, owners)
             yield passed
-        with _told_of_own_backward():
-            if ends is not None and record.ranks.any(ends.show()):
+        if ends is None:
+            return
+        with _told_of_own_backward(), left_in_shards(model):
+            if record.ranks.any(ends.show()):
                 compare_mates(model, inputs, coverage, example_loss, again=True)
 
     def look_again(

@@ -70,6 +70,16 @@ def unsharded(model: nn.Module, name: str) -> Iterator[None]:
         owners[0].reshard()
 
 
+@contextlib.contextmanager
+def left_in_shards(model: nn.Module) -> Iterator[None]:
+    """Put parameters back in shards afterwards; the outermost would wait for a backward pass."""
+    try:
+        yield
+    finally:
+        for group in _groups(model):
+            group.reshard()
+
+
 class Ranks:
     """The ranks that run a model together; this process alone for a model in one piece."""
 

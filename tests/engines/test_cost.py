@@ -164,9 +164,10 @@ def test_layers_answered_for_one_by_one_would_be_seen(monkeypatch: pytest.Monkey
         test_kernels_are_less_than_one_and_a_half_times_those_of_plain_training("bert")
 
 
-def test_a_foreign_loss_costs_two_backward_passes_through_itself_alone() -> None:
+def test_a_foreign_loss_costs_passes_through_itself_alone() -> None:
+    """Two backward, and three forward and backward on a row or two."""
     plain, ours = costs(Case("gpt2", 64, 16, 2, layers=6))
-    assert ours.kernels < 1.5 * plain.kernels + 60
+    assert ours.kernels < 1.5 * plain.kernels + 170
     assert ours.flops < 1.3 * plain.flops
 
 
