@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from hf_dp.engines.base import ExampleLoss, checked_losses, is_out_of_memory
 from hf_dp.engines.mates import GAPS, GRADIENT_GAPS, Batch, apart, coarseness, noting_half
+from hf_dp.engines.probe import mode_of
 from hf_dp.engines.rows import batch_size, select_rows
 from hf_dp.engines.sharded import Ranks
 from hf_dp.engines.undisturbed import without_dropout
@@ -130,8 +131,8 @@ class Ends:
                 except Exception as error:  # a foreign loss may want of the model what was not kept
                     if is_out_of_memory(error):
                         raise
-        with kept_randomness(device), without_dropout(), torch.no_grad():
-            with noting_half(self._model) as halves:
+        with kept_randomness(device), mode_of(self._model, training=True), without_dropout():
+            with noting_half(self._model) as halves, torch.no_grad():
                 return self._differ(self._run_again, Randomness.now(device), halves=halves)
 
     def _differ(

@@ -48,6 +48,7 @@ def run(folder: Path, objective: Objective) -> Any:
     )
 
 
+@pytest.mark.slow
 def test_a_loss_that_a_callback_makes_look_at_the_batch_stops_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
