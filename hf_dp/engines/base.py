@@ -91,7 +91,7 @@ def _refused(name: str, parameter: nn.Parameter) -> ConfigurationError:
                 "forward pass, or freeze it.",
             )
         )
-    hooks = (parameter._backward_hooks or {}).values()
+    hooks = [getattr(hook, "func", hook) for hook in (parameter._backward_hooks or {}).values()]
     whose = sorted({str(getattr(h, "__module__", type(h).__module__)) for h in hooks})
     watching = any(module.split(".")[0] == "wandb" for module in whose)
     return ConfigurationError(

@@ -173,10 +173,11 @@ class WholeTap(PointTap):
     ) -> None:
         opaque = given.opaque() or returned.opaque()
         if opaque is not None:
+            hint = " (use_cache=False leaves it out)" if "Cache" in opaque else ""
             raise NotTappableError(
                 self.point,
-                f"{self.point.described} takes or returns a {opaque}: expected tensors, lists, tuples, "
-                "dicts and numbers. What else holds tensors hides their gradients. "
+                f"{self.point.described} takes or returns a {opaque}{hint}: expected tensors, lists, "
+                "tuples, dicts and numbers. What else holds tensors hides their gradients. "
                 "Use engine='sequential', or freeze it.",
             )
         if returned.any_complex:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -232,12 +233,36 @@ def test_without_gradients_there_is_no_sum(off: Callable[[], torch.no_grad], eng
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_hooks_on_parameters_are_named(engine: str) -> None:
+    def hook(grad: Tensor, factor: int) -> Tensor:
+        return grad * factor
+
     model = Net()
-    model.first.weight.register_hook(lambda grad: grad * 2)
+    model.first.weight.register_hook(functools.partial(hook, factor=2))
     expected = rf"model\.first\.weight='hooks of {__name__}': expected no gradient hooks"
     with pytest.raises(ConfigurationError, match=expected) as refused:
         hf_dp.clipped_sum(model, data(), clipping_norm=C, example_loss=squares, engine=engine)
     assert "WANDB" not in str(refused.value)
+
+
+def test_a_cache_among_the_outputs_is_named_with_its_remedy() -> None:
+    class Cache:
+        """Holds what was computed."""
+
+    class Caches(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain = nn.Parameter(torch.ones(6, dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Cache]:  # type: ignore[override]
+            return super().forward(x * self.gain), Cache()
+
+    def loss(model: nn.Module, inputs: Batch) -> Tensor:
+        return model(**inputs)[0].square().flatten(1).sum(1)
+
+    with pytest.raises(UncoveredParameterError, match=r"Cache \(use_cache=False leaves it out\)"):
+        hf_dp.clipped_sum(
+            Caches(), data(), clipping_norm=C, example_loss=loss, engine="book_keeping"
+        )
 
 
 def test_wandb_is_named_where_it_watches() -> None:
