@@ -14,6 +14,7 @@ from hf_dp.engines.undisturbed import as_it_was
 from hf_dp.training.alone import ComputeLoss, ExampleLoss, definition_loss
 from hf_dp.training.losses import choose_example_loss
 from hf_dp.training.made_up import MadeUpRows, attempts, each_alone
+from hf_dp.training.own_forward import has_library_loss
 from hf_dp.training.padding import padding_matters
 
 logger = logging.getLogger(__name__)
@@ -66,14 +67,15 @@ def choose(
         columns: A collated batch of one real example, for the names and shapes of its columns.
         compute_loss: The definition.
         given: The user's own loss of each example, or None.
-        trusted: Whether `compute_loss` is the host's own, so that a vectorised form that agrees with
-            it on made-up examples agrees everywhere.
+        trusted: Whether `compute_loss` is the host's own. Where the model's loss is a library's, too, a
+            vectorised form that agrees with it on made-up examples agrees everywhere.
         label_smoothing: ``TrainingArguments.label_smoothing_factor``.
         padding_id: The token that the collator pads with; None if that is not known.
     """
     with as_it_was(model):
         tried = given or (definition_loss(compute_loss) if trusted else None)
         rows = _rows(model, columns, tried)
+        trusted = trusted and has_library_loss(model)
         return _chosen(model, rows, compute_loss, given, trusted, label_smoothing, padding_id)
 
 
@@ -105,9 +107,9 @@ def announce(choice: Choice) -> None:
     logger.info("hf_dp: loss of each example: %s", choice.description)
     if choice.is_definition:
         logger.warning(
-            "hf_dp: compute_loss has no vectorised form here, so it is called for one example at a time "
-            "(engine='sequential'): exact, but as slow as training with batches of one. Pass "
-            "example_loss to DPTrainer for speed."
+            "hf_dp: compute_loss, or the loss in the model's own forward, has no vectorised form here, so it "
+            "is called for one example at a time (engine='sequential'): exact, but as slow as training "
+            "with batches of one. Pass example_loss to DPTrainer for speed."
         )
     elif choice.alone:
         logger.warning(

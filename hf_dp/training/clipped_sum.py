@@ -27,6 +27,7 @@ from hf_dp.layers import DEFAULT_LAYER_RULES, LayerRules
 from hf_dp.sums import ClippedSum
 from hf_dp.training.alone import definition_loss, moved_to_the_front
 from hf_dp.training.choice import Choice, choose
+from hf_dp.training.own_forward import state_of_loss
 from hf_dp.training.padding import padded_on_the_left
 from hf_dp.training.refused_parts import refuse_model
 from hf_dp.training.tasks import unwrapped
@@ -208,13 +209,18 @@ def _choice(model: nn.Module, batch: Mapping[str, Any]) -> Choice:
     """Made once for a model, a set of columns and a way to pad, on made-up examples."""
     padding = getattr(getattr(unwrapped(model), "config", None), "pad_token_id", None)
     padding = padding if _pads_with(batch, padding) else None
-    key = tuple(sorted(batch)), padding
+
+    def key() -> tuple[Hashable, ...]:
+        return tuple(sorted(batch)), padding, state_of_loss(model)
+
     known = _CHOICES.setdefault(model, {})
-    if key not in known:
-        known[key] = choose(
+    if key() not in known:
+        before = key()  # models of transformers write their problem_type down when they first run
+        known[before] = choose(
             model, row(batch, 0), _own_loss, given=None, trusted=True, padding_id=padding
         )
-    return known[key]
+        known[key()] = known[before]
+    return known[key()]
 
 
 def _pads_with(batch: Mapping[str, Any], token: object) -> bool:
