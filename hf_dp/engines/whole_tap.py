@@ -75,10 +75,11 @@ class Leaves:
         return any(self.values[i].is_complex() for i in self.tensors)
 
     def opaque(self) -> str | None:
-        """The type of a leaf that may hold tensors unseen, such as a cache; None if there is none."""
+        """The type of a leaf that may hold tensors unseen, in words; None if there is none."""
         for leaf in self.values:
             if not isinstance(leaf, Tensor) and not isinstance(leaf, _INERT):
-                return type(leaf).__qualname__
+                name = type(leaf).__qualname__
+                return f"{name} (use_cache=False leaves it out)" if "Cache" in name else name
         return None
 
 
@@ -173,11 +174,10 @@ class WholeTap(PointTap):
     ) -> None:
         opaque = given.opaque() or returned.opaque()
         if opaque is not None:
-            hint = " (use_cache=False leaves it out)" if "Cache" in opaque else ""
             raise NotTappableError(
                 self.point,
-                f"{self.point.described} takes or returns a {opaque}{hint}: expected tensors, lists, "
-                "tuples, dicts and numbers. What else holds tensors hides their gradients. "
+                f"{self.point.described} takes or returns a {opaque}: expected tensors, lists, tuples, "
+                "dicts and numbers. What else holds tensors hides their gradients. "
                 "Use engine='sequential', or freeze it.",
             )
         if returned.any_complex:
