@@ -167,10 +167,12 @@ def test_batches_made_in_inference_mode_are_taken(
             return collate(rows)
 
     plain = sums(tmp_path / "a", monkeypatch)
-    assert far(sums(tmp_path / "b", monkeypatch, data_collator=collate_there), plain) == 0
+    assert far(sums(tmp_path / "b", monkeypatch, data_collator=collate_there), plain) < 1e-6
+    alone = {"per_device_train_batch_size": 1}  # others are joined, which makes ordinary tensors
+    sums(tmp_path / "c", monkeypatch, data_collator=collate_there, host=alone)
     monkeypatch.setattr(mixin, "tracked", lambda inputs: inputs)
     with pytest.raises(RuntimeError, match="Inference tensors"):
-        sums(tmp_path / "c", monkeypatch, data_collator=collate_there)
+        sums(tmp_path / "d", monkeypatch, data_collator=collate_there, host=alone)
 
 
 def test_parameters_made_in_inference_mode_are_refused(tmp_path: Path) -> None:
