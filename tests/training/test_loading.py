@@ -82,13 +82,13 @@ def test_what_a_collator_draws_is_secret_too(tmp_path: Path, workers: int) -> No
     class Drawing:
         def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
             drawn = [float(torch.rand(())), random.random(), float(np.random.rand())]  # noqa: NPY002
-            real = torch.ones(len(rows), dtype=torch.long)  # zero in made-up examples
+            real = torch.full((len(rows),), 77)  # below ten in made-up examples
             return {**collate(rows), "drawn": torch.tensor([drawn] * len(rows)), "real": real}
 
     seen: list[set[float]] = []
 
     def noting(model: Any, inputs: Any) -> Tensor:
-        seen[-1].update(inputs["drawn"][inputs["real"] == 1].flatten().tolist())
+        seen[-1].update(inputs["drawn"][inputs["real"] == 77].flatten().tolist())
         given = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
         return F.cross_entropy(model(**given).logits, inputs["labels"], reduction="none")
 

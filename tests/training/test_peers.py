@@ -292,13 +292,17 @@ def test_the_fault_of_p2_would_be_seen(tmp_path: Path, monkeypatch: pytest.Monke
     """Each example's token losses over the tokens of the batch: 31 texts of 3 and one of 30."""
     own_loss = mixin.DPTrainerMixin._loss_of_each
 
-    def by_the_batchs_tokens(self: Any, model: nn.Module, inputs: Any) -> Tensor:
+    def by_the_batchs_tokens(self: Any) -> Any:
         rows = len(self.train_dataset)
         tokens = sum(len(row["labels"]) for row in self.train_dataset)
-        own = (inputs["labels"] != -100).sum(1)
-        return own_loss(self, model, inputs) * own * rows / tokens
 
-    monkeypatch.setattr(mixin.DPTrainerMixin, "_loss_of_each", by_the_batchs_tokens)
+        def losses(model: nn.Module, inputs: Any) -> Tensor:
+            own = (inputs["labels"] != -100).sum(1)
+            return own_loss.__get__(self)(model, inputs) * own * rows / tokens
+
+        return losses
+
+    monkeypatch.setattr(mixin.DPTrainerMixin, "_loss_of_each", property(by_the_batchs_tokens))
     with pytest.raises(AssertionError):
         test_p2_one_long_text_moves_the_sum_by_no_more_than_its_own_share(tmp_path, llama)
 
