@@ -1,4 +1,4 @@
-"""Rows without a label among rows with one: a run would stop once it draws one."""
+"""Data of which no loss can be computed: a run would stop, in words that do not say why."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from torch import nn
+
 from hf_dp.errors import ConfigurationError, explain
 from hf_dp.training.batches import without_column
+from hf_dp.training.own_forward import parameters_of
+from hf_dp.training.tasks import unwrapped
 
 _LABELS = ("label", "labels", "label_ids")
 
@@ -34,6 +38,32 @@ def refuse_missing_labels(
             labelled, bare = (without_column(rows[place], column) for place in found)
             if not _are_taken_alike(labelled, bare, collate):
                 raise _missing(name)
+
+
+def refuse_unread_columns(model: nn.Module, columns: Iterable[str]) -> None:
+    """Refuse columns of which the model reads none, where the loss is the one that it returns for them.
+
+    Args:
+        model: Its signature is read; one that names nothing, and takes anything, is left alone.
+        columns: What the collator makes of an example; only their names are looked at.
+
+    Raises:
+        ConfigurationError: The model names none of them.
+    """
+    inner = unwrapped(model)
+    named = parameters_of(inner.forward)
+    if named and named.isdisjoint(columns):
+        raise ConfigurationError(
+            explain(
+                "data_collator",
+                sorted(columns),
+                f"a column that {type(inner).__name__}.forward takes, or example_loss",
+                "The loss is the one that the model returns for these columns. Pairs, such as chosen_* and "
+                "rejected_*, are not what it takes.",
+                "Pass DPTrainer an example_loss, (model, batch) -> (B,), which calls the model on each part, "
+                "and set TrainingArguments.remove_unused_columns=False.",
+            )
+        )
 
 
 def _values(rows: Any, name: str) -> Sequence[Any]:

@@ -7,6 +7,7 @@ may weigh a rare class, or leave out a token, that no made-up example has.
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 from hf_dp.engines.familiar import is_from_library
 from hf_dp.training.tasks import unwrapped
 
+_TARGETS = frozenset({"labels", "start_positions", "end_positions"})
 _OF_THE_CONFIGURATION = (
     *("problem_type", "num_labels", "loss_type", "output_router_logits", "router_aux_loss_coef"),
     *("label_smoothing", "classifier_dropout", "pad_token_id"),
@@ -27,10 +29,13 @@ def has_library_loss(model: nn.Module) -> bool:
 
 
 def state_of_loss(model: nn.Module) -> Hashable:
-    """What decides which loss a model computes; a change of it asks for another choice."""
+    """What decides which loss a model computes; a change of it asks for another choice.
+
+    Functions are referred to, not numbered: another may come to lie where one was.
+    """
     config = getattr(unwrapped(model), "config", None)
     return (
-        tuple((id(_forward(m)), id(_loss_function(m))) for m in _that_take_labels(model)),
+        tuple((_named(_forward(m)), _named(_loss_function(m))) for m in _that_take_labels(model)),
         tuple(str(getattr(config, name, None)) for name in _OF_THE_CONFIGURATION),
     )
 
@@ -43,11 +48,17 @@ def _that_take_labels(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _takes_labels(module: nn.Module) -> bool:
-    forward = _forward(module)
+    return not _TARGETS.isdisjoint(parameters_of(_forward(module)))
+
+
+def parameters_of(function: Callable[..., Any]) -> frozenset[str]:
+    """Names of what a function takes by name; none where it does not say."""
     try:
-        return "labels" in inspect.signature(forward).parameters
+        found = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # compiled code says nothing
-        return False
+        return frozenset()
+    various = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    return frozenset(one.name for one in found if one.kind not in various)
 
 
 def _is_a_librarys(module: nn.Module) -> bool:
@@ -63,3 +74,9 @@ def _forward(module: nn.Module) -> Callable[..., Any]:
 def _loss_function(module: nn.Module) -> object:
     function = getattr(module, "loss_function", None)
     return getattr(function, "__func__", function)
+
+
+def _named(function: object) -> Hashable:
+    """Equal while the function lives; keeps neither it nor the model that it may hold alive."""
+    function = getattr(function, "__func__", function)
+    return None if function is None else weakref.ref(function)

@@ -25,7 +25,7 @@ from hf_dp.training.explaining import explain_training
 from hf_dp.training.joining import Fills, fills_of
 from hf_dp.training.lines import Lines
 from hf_dp.training.memoryless import refuse_memory
-from hf_dp.training.missing import refuse_missing_labels
+from hf_dp.training.missing import refuse_missing_labels, refuse_unread_columns
 from hf_dp.training.ownership import Ownership
 from hf_dp.training.packing import apart
 from hf_dp.training.reading import refuse_own_draws
@@ -79,9 +79,12 @@ class SettledMixin(_Host):
             refuse_memory(host.collate_fn, item)
             self._fills = fills_of(host.collate_fn, item)
             padding = self._fills.get(getattr(self.model, "main_input_name", "input_ids"))
+            columns = self._prepare_inputs(host.collate_fn([copy.deepcopy(item)]))
+            if own and self._given_loss is None:
+                refuse_unread_columns(self.model, columns)
             self._choice = choose(
                 self.model,
-                self._prepare_inputs(host.collate_fn([copy.deepcopy(item)])),
+                columns,
                 lambda model, alone: self.compute_loss(model, alone),
                 given=self._given_loss,
                 trusted=own and self.compute_loss_func is None,

@@ -1,4 +1,4 @@
-"""A row without a label is refused before training, in words that tell nothing of it."""
+"""Rows and columns of which no loss can be computed are refused before training, and nothing of them told."""
 
 from __future__ import annotations
 
@@ -85,4 +85,34 @@ def test_other_rows_are_not(tmp_path: Path, data: Any, collator: Any) -> None:
         data_collator=collator or default_data_collator,
         host={"max_steps": 1},
         dp={"expected_batch_size": 8.0},
+    ).train()
+
+
+PAIRS = [{"chosen_input_ids": [2, 3, 4], "rejected_input_ids": [2, 5, 6]}] * 40
+
+
+def test_columns_that_the_model_does_not_read_are_refused(tmp_path: Path) -> None:
+    trainer = trainer_for(
+        tmp_path,
+        train_dataset=PAIRS,
+        data_collator=default_data_collator,
+        host={"remove_unused_columns": False},
+    )
+    with pytest.raises(ConfigurationError, match=r"expected a column that \w+\.forward takes"):
+        trainer.train()
+    assert trainer.epsilon == 0
+
+
+def test_a_loss_of_ones_own_may_read_them(tmp_path: Path) -> None:
+    def loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        parts = (batch[f"{kind}_input_ids"] for kind in ("chosen", "rejected"))
+        chosen, rejected = (model(input_ids=part).logits.square().mean(1) for part in parts)
+        return chosen - rejected
+
+    trainer_for(
+        tmp_path,
+        train_dataset=PAIRS,
+        data_collator=default_data_collator,
+        host={"remove_unused_columns": False, "max_steps": 1},
+        example_loss=loss,
     ).train()
