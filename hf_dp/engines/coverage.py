@@ -137,6 +137,7 @@ class Coverage:
         compared: The losses, by their code, the modules' modes and the batch's columns, with which examples
             among others were compared with the same alone.
         refused: Those with which they differed, and what was said then.
+        whole: Those for which taps saw all of each gradient.
         tried: The modules whose rules rest on what they were set to, and what that was.
     """
 
@@ -154,6 +155,7 @@ class Coverage:
     apart: Sequence[nn.Module] = ()
     compared: set[Hashable] = field(default_factory=set)
     refused: dict[Hashable, str] = field(default_factory=dict)
+    whole: set[Hashable] = field(default_factory=set)
     made_of: tuple[list[Any], ...] = field(init=False)
     tried: list[tuple[nn.Module, State]] = field(init=False)
 

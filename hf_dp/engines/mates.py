@@ -11,6 +11,7 @@ rest; rounding does not.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -224,14 +225,15 @@ def _ends(losses: Tensor) -> list[int]:
 def noting_half(model: nn.Module) -> Iterator[list[bool]]:
     """A list that is not empty once a module gave numbers with fewer digits than float32 has."""
     found: list[bool] = []
-
-    def note(module: nn.Module, args: Any, output: Any) -> None:
-        least = torch.finfo(torch.float32).eps
-        floats = (t for t in tensors_in(output) if t.is_floating_point())
-        if not found and any(torch.finfo(t.dtype).eps > least for t in floats):
-            found.append(True)
-
     with contextlib.ExitStack() as stack:
         for module in model.modules():
-            stack.enter_context(module.register_forward_hook(note))
+            stack.enter_context(module.register_forward_hook(functools.partial(_note_half, found)))
         yield found
+
+
+def _note_half(found: list[bool], module: nn.Module, args: Any, output: Any) -> None:
+    """A forward hook; models that copy themselves take it along."""
+    least = torch.finfo(torch.float32).eps
+    floats = (t for t in tensors_in(output) if t.is_floating_point())
+    if not found and any(torch.finfo(t.dtype).eps > least for t in floats):
+        found.append(True)

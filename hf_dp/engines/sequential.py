@@ -83,7 +83,7 @@ class SequentialEngine(GradientEngine):
         for start in range(0, size, self.rows_at_once):
             stop = min(start + self.rows_at_once, size)
             each = checked_losses(example_loss(model, rows(unit, start, stop)), stop - start)
-            grads = _gradients(each if mine.sums else each / size, parameters)
+            grads = gradients_of(each if mine.sums else each / size, parameters)
             losses.append(each.detach())
             for name, grad in grads.items():
                 total[name] = total[name] + grad if name in total else grad  # two may be one tensor
@@ -127,7 +127,12 @@ def _clipped(
     )
 
 
-def _gradients(loss: Tensor, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+def gradients_of(loss: Tensor, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """By plain autograd, of the sum of `loss`, by name; zeros for what took no part.
+
+    Raises:
+        UncoveredParameterError: The model runs another backward pass inside.
+    """
     found: tuple[Tensor | None, ...] = (None,) * len(parameters)
     before = [parameter.grad for parameter in parameters.values()]
     if loss.requires_grad:

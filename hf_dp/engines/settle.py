@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -75,6 +75,11 @@ def settle(
     coverage.settled = True
 
 
+def looked_at(inputs: Mapping[str, Any], coverage: Coverage, example_loss: ExampleLoss) -> Hashable:
+    """The loss, by its code, the modules' modes and the batch's columns."""
+    return code_of(example_loss), coverage.flags, tuple(sorted(inputs))
+
+
 def compare_mates(
     model: nn.Module,
     inputs: Mapping[str, Any],
@@ -98,7 +103,7 @@ def compare_mates(
     Raises:
         ConfigurationError: An example's loss or gradient among others is not what it is alone.
     """
-    key = (code_of(example_loss), coverage.flags, tuple(sorted(inputs)))
+    key = looked_at(inputs, coverage, example_loss)
     if key in coverage.refused:
         raise ConfigurationError(
             f"{coverage.refused[key]} (Refused before; a new engine looks anew.)"

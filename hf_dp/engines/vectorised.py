@@ -9,7 +9,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from hf_dp.clipping.base import ClippingPolicy
 from hf_dp.clipping.loss import LossRelease
@@ -22,6 +22,7 @@ from hf_dp.engines.base import (
     trainable_parameters,
 )
 from hf_dp.engines.coverage import NotTappableError
+from hf_dp.engines.lost import refuse_lost
 from hf_dp.engines.owners import Owners, checked_owners
 from hf_dp.engines.recorder import Recorder
 from hf_dp.engines.rows import batch_size
@@ -85,6 +86,8 @@ class VectorisedEngine(GradientEngine):
             summed, dropped = self._clipped_sum(
                 model, inputs, example_loss, clipping, loss_release, owners
             )
+            longest = functools.partial(_longest, summed.norms, owners)
+            refuse_lost(model, inputs, self.recorder.coverage(model), example_loss, longest)
             again = functools.partial(summed_by, self)
             return without_dropped(summed, inputs, owners, again) if dropped else summed
 
@@ -128,3 +131,9 @@ class VectorisedEngine(GradientEngine):
             UnprovedError: It is not known which rows are whose.
             UnrepeatedError: A module did not do the same again.
         """
+
+
+def _longest(norms: Tensor, owners: Owners | None) -> list[int]:
+    """Two rows: the first of each of the two units with the longest gradients."""
+    units = norms.nan_to_num(0, 0, 0).argsort(descending=True)[:2].tolist()
+    return units if owners is None else [sum(owners.sizes[:unit]) for unit in units]

@@ -201,13 +201,13 @@ def test_axes_are_established_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     engine, model = BookKeepingEngine(), Net()
     book_kept(model.eval(), data(rows=1), counted, engine)
-    assert calls == [1, 1, 1]
+    assert calls == [1, 1, 1, 1, 1]
     book_kept(model, data(), counted, engine)
     compared = [5, *[5, 1, 1, 1, 1] * 4]  # looked at for draws, compared in losses and gradients
     again = [1, 1, 2]  # two of every batch
-    assert calls[3:] == [1, 2, 1, 2, 1, 2, 3, 3, 2, 2, *compared, 5, *again]
+    assert calls[5:] == [1, 2, 1, 2, 1, 2, 3, 3, 2, 2, *compared, 5, *again]
     book_kept(model, data(), counted, engine)
-    assert calls[38:] == [5, *again]
+    assert calls[40:] == [5, *again]
 
 
 def test_the_check_by_doubling_is_what_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,6 +224,7 @@ def test_the_check_by_doubling_is_what_refuses(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("hf_dp.engines.settle.establish_axes", believe)
     monkeypatch.setattr("hf_dp.engines.settle._trial", unchecked)
     monkeypatch.setattr("hf_dp.engines.recorder.Proof.verdict", lambda *_, **__: True)
+    monkeypatch.setattr("hf_dp.engines.vectorised.refuse_lost", lambda *_: None)
     inputs = data(rows=3)  # as many examples as positions
     found = book_kept(PositionsFirst(), inputs)
     with pytest.raises(AssertionError):

@@ -225,6 +225,7 @@ def test_a_planted_fault_in_the_second_run_is_caught(
 
     monkeypatch.setattr(WholeCall, "unit_grads", wrong)
     monkeypatch.setattr(GenericRule, "_vectorised", lambda self, call: None)
+    monkeypatch.setattr("hf_dp.engines.vectorised.refuse_lost", lambda *_: None)
     found = book_kept(UsesGains(), data())
     with pytest.raises(AssertionError):
         assert_same_sum(found, naive(UsesGains(), data(), C, squares), 1e-3)
@@ -309,6 +310,9 @@ def test_a_parameter_that_is_also_reached_unregistered_is_refused() -> None:
         book_kept(Behind(), data())
     with pytest.MonkeyPatch.context() as patch:  # planted: nobody asks; then the sum is wrong
         patch.setattr(WholeCall, "misses", lambda self: False)
+        with pytest.raises(UncoveredParameterError, match="expected its whole gradient"):
+            book_kept(Behind(), data())
+        patch.setattr("hf_dp.engines.vectorised.refuse_lost", lambda *_: None)
         found = book_kept(Behind(), data())
     with pytest.raises(AssertionError):
         assert_same_sum(found, naive(Behind(), data(), C, squares), 1e-3)

@@ -113,6 +113,12 @@ def test_a_wrong_rule_is_named_by_its_parameter(
     rule: Any, engine: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wrong = {**DEFAULT_LAYER_RULES, nn.Linear: rule}
+    if engine == "auto":  # one by one then
+        fly(Reader(), engine=engine_named(engine, wrong))
+    else:
+        with pytest.raises(UncoveredParameterError, match=r"'body\.weight': expected its whole"):
+            fly(Reader(), engine=engine_named(engine, wrong))
+    monkeypatch.setattr("hf_dp.engines.vectorised.refuse_lost", lambda *_: None)
     with pytest.raises(UncoveredParameterError, match=r"body\.weight='Linear'"):
         fly(Reader(), engine=engine_named(engine, wrong))
     monkeypatch.setattr(module, "_check_agreement", lambda *_: None)

@@ -158,6 +158,7 @@ def test_a_module_that_computes_otherwise_on_real_numbers_loses_its_rule(
     monkeypatch.setattr(recogniser, "_computes", lambda module, formula, width: True)
     if not checked:
         monkeypatch.setattr(settle, "still_computes", lambda *_: True)
+        monkeypatch.setattr("hf_dp.engines.vectorised.refuse_lost", lambda *_: None)
     engine, model = BookKeepingEngine(), Mixed("of three")
     found, expected = book_kept(model, data(), engine=engine), naive(model, data(), C, squares)
     assert rules(engine, model)["mixes"] is not checked

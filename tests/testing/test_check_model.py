@@ -38,7 +38,7 @@ def wrong(module: Any, x: Tensor, g: Tensor, n: int) -> Iterator[tuple[nn.Parame
 
 def test_a_wrong_rule_is_named() -> None:
     rules = {**DEFAULT_LAYER_RULES, nn.Linear: wrong}
-    with pytest.raises(DisagreementError, match=r"parameter (first|second)\.weight"):
+    with pytest.raises(DisagreementError, match=r"parameter '(first|second)\.weight'"):
         check_model(Net(), data(rows=3), layer_rules=rules)
 
 
