@@ -1,11 +1,12 @@
-"""Whether a data collator keeps something from one example to the next: tried with one of them twice."""
+"""Whether a data collator keeps something from one example to the next: tried with some of them twice."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,31 +17,33 @@ from hf_dp.errors import ConfigurationError, explain
 
 logger = logging.getLogger(__name__)
 
-_BETWEEN = 3
 _SHARE = 0.5
+_SCALARS = (int, float, str)
 
 Collator = Callable[[list[Any]], Any]
 
 
-def refuse_memory(collator: Collator, item: Any) -> None:
-    """Collate an example, then others, then the first again, with the global generators as at first.
+def refuse_memory(collator: Collator, items: Sequence[Any]) -> None:
+    """Collate examples, then others made of them, then the first again, each under the same global draws.
 
     Args:
         collator: The host's; as in training, it is given one example at a time.
-        item: An example.
+        items: Several examples, since one may be blank and change nothing that is kept.
 
     Raises:
-        ConfigurationError: It is not collated as at first.
+        ConfigurationError: One of them is not collated as at first.
     """
     try:
-        first = _collated(collator, item)
-        for number in range(_BETWEEN):
-            _collated(collator, _altered(item), seed=number + 1)
-        again = _collated(collator, item)
-    except Exception as error:  # a foreign collator may refuse made-up examples in any way
+        first = [_collated(collator, item) for item in items]
+        for number, item in enumerate(items):
+            for other in _others(item):
+                with contextlib.suppress(Exception):  # made up, so refused in any way
+                    _collated(collator, other, seed=number + 1)
+        again = [_collated(collator, item) for item in reversed(items)]
+    except Exception as error:  # of real examples, so the run will show it
         logger.debug("the collator was not tried: %s", type(error).__name__)
         return
-    if not _same(first, again):
+    if not all(map(_same, first, reversed(again))):
         inner = getattr(collator, "data_collator", collator)
         raise ConfigurationError(
             explain(
@@ -77,21 +80,54 @@ def _same(one: Any, other: Any) -> bool:
     return type(one) is type(other) and (not isinstance(one, int | float | str) or one == other)
 
 
-def _altered(item: Any) -> Any:
-    """The same lengths with other content: sequences and pictures turned round, numbers made smaller."""
+def _others(item: Any) -> Iterator[Any]:
+    """Longer sequences; other numbers and words beside the same; and other content in the same lengths."""
+    with contextlib.suppress(Exception):  # items may be of any kind
+        yield _changed(item, _doubled)
     if isinstance(item, Mapping):
-        turned: Any = copy.copy(item)
-        for name, value in item.items():
-            turned[name] = _altered(value)
-        return turned
-    if isinstance(item, Tensor):
-        turned = item.flatten().flip(0).reshape(item.shape)
-        return turned * _SHARE if item.is_floating_point() else turned
-    if isinstance(item, np.ndarray):
-        turned = item.reshape(-1)[::-1].reshape(item.shape).copy()
-        return turned * item.dtype.type(_SHARE) if item.dtype.kind == "f" else turned
-    if isinstance(item, list | tuple):
-        numbers = all(isinstance(value, int | float) for value in item)
-        turned = list(reversed(item)) if numbers else [_altered(value) for value in item]
-        return type(item)._make(turned) if hasattr(item, "_make") else type(item)(turned)
-    return item.rotate(180) if type(item).__module__.startswith("PIL.") else item
+        yield _with(item, {name: _turned(v) for name, v in item.items() if isinstance(v, _SCALARS)})
+    with contextlib.suppress(Exception):
+        yield _changed(item, _turned)
+
+
+def _changed(item: Any, change: Callable[[Any], Any]) -> Any:
+    if isinstance(item, Mapping):
+        return _with(item, {name: _changed(value, change) for name, value in item.items()})
+    if isinstance(item, list | tuple) and not _is_numbers(item):
+        made = [_changed(value, change) for value in item]
+        return type(item)._make(made) if hasattr(item, "_make") else type(item)(made)
+    return change(item)
+
+
+def _with(item: Mapping[str, Any], values: Mapping[str, Any]) -> Any:
+    changed: Any = copy.copy(item)
+    for name, value in values.items():
+        changed[name] = value
+    return changed
+
+
+def _turned(value: Any) -> Any:
+    """Sequences, words and pictures turned round, numbers made smaller; lengths stay."""
+    if isinstance(value, Tensor):
+        turned = value.flatten().flip(0).reshape(value.shape)
+        return turned * _SHARE + 1 if value.is_floating_point() else turned
+    if isinstance(value, np.ndarray):
+        array = value.reshape(-1)[::-1].reshape(value.shape).copy()
+        return array * value.dtype.type(_SHARE) + 1 if value.dtype.kind == "f" else array
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return abs(value - 1)  # still a class, if it was one of two or more
+    if isinstance(value, float):
+        return _SHARE * value + 1
+    if isinstance(value, str | list | tuple):
+        return value[::-1]
+    return value.rotate(180) if type(value).__module__.startswith("PIL.") else value
+
+
+def _doubled(value: Any) -> Any:
+    return 2 * value if isinstance(value, str | list | tuple) else value
+
+
+def _is_numbers(value: Any) -> bool:
+    return all(isinstance(one, int | float) for one in value)

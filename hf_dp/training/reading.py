@@ -36,7 +36,7 @@ def refuse_own_draws(dataset: Any, size: int) -> None:
     Raises:
         ConfigurationError: An item is not what it was before.
     """
-    places = sorted({index * (size - 1) // (_ITEMS - 1) for index in range(_ITEMS)})
+    places = some_places(size)
     with kept_randomness(_CPU):
         coins = Randomness.now(_CPU)
         first: dict[int, Any] = {}
@@ -58,6 +58,11 @@ def refuse_own_draws(dataset: Any, size: int) -> None:
                             "seeds in secret, or make the generator from the index in __getitem__.",
                         )
                     )
+
+
+def some_places(size: int) -> list[int]:
+    """A few places of a dataset, the first and the last among them."""
+    return sorted({index * (size - 1) // (_ITEMS - 1) for index in range(_ITEMS)})
 
 
 def _copied(item: Any) -> Any:

@@ -28,7 +28,7 @@ from hf_dp.training.memoryless import refuse_memory
 from hf_dp.training.missing import refuse_missing_labels, refuse_unread_columns
 from hf_dp.training.ownership import Ownership
 from hf_dp.training.packing import apart
-from hf_dp.training.reading import refuse_own_draws
+from hf_dp.training.reading import refuse_own_draws, some_places
 from hf_dp.training.remembered import nothing_kept
 
 if TYPE_CHECKING:
@@ -75,8 +75,9 @@ class SettledMixin(_Host):
             )
             if self.dp_args.preflight:
                 refuse_own_draws(host.dataset, len(self.train_dataset))
-            item = self._first(host)
-            refuse_memory(host.collate_fn, item)
+            items = [self._item(host, place) for place in some_places(len(self.train_dataset))]
+            refuse_memory(host.collate_fn, items)
+            item = items[0]
             self._fills = fills_of(host.collate_fn, item)
             padding = self._fills.get(getattr(self.model, "main_input_name", "input_ids"))
             columns = self._prepare_inputs(host.collate_fn([copy.deepcopy(item)]))
@@ -113,7 +114,7 @@ class SettledMixin(_Host):
         host = super().get_train_dataloader()
         self._settle_loss(host)
         with self._lines.silent(), self.coins.for_library_code():
-            columns = self._prepare_inputs(host.collate_fn([copy.deepcopy(self._first(host))]))
+            columns = self._prepare_inputs(host.collate_fn([copy.deepcopy(self._item(host, 0))]))
             return explain_training(
                 self.model,
                 columns,
@@ -131,9 +132,9 @@ class SettledMixin(_Host):
             _of_each, self.compute_loss_context_manager, self._choice.example_loss
         )
 
-    def _first(self, host: DataLoader[Any]) -> Any:
-        """An example, for its columns, as collators may see it."""
-        return without_column(host.dataset[0], self._ownership.column)
+    def _item(self, host: DataLoader[Any], place: int) -> Any:
+        """An example as collators may see it."""
+        return without_column(host.dataset[place], self._ownership.column)
 
 
 def _of_each(
