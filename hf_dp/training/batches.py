@@ -16,7 +16,16 @@ from hf_dp.engines.owners import Owners
 from hf_dp.engines.rows import batch_size
 from hf_dp.errors import ConfigurationError, PrivacyError, explain
 from hf_dp.sampling.base import BatchSampler
-from hf_dp.training.joining import USUAL_FILLS, Collator, Fills, join, kind_of, width_of
+from hf_dp.training.joining import (
+    USUAL_FILLS,
+    Collator,
+    Fills,
+    has_no_positions,
+    is_blank,
+    join,
+    kind_of,
+    width_of,
+)
 
 RowCheck = Callable[[int, Any], None]
 
@@ -116,7 +125,7 @@ class LogicalBatchCollator:
     """Collates each example of a draw by itself, and joins those that are alike to micro-batches.
 
     In each, the longest come first. The order inside a draw is free of privacy cost: the sum does not
-    depend on it.
+    depend on it. An example without any position has no loss, so it is left out: it adds nothing.
 
     Attributes:
         collator: The Trainer's own; it is given one example at a time.
@@ -136,8 +145,7 @@ class LogicalBatchCollator:
     def __call__(self, examples: list[Any]) -> LogicalBatch:
         """Collate one draw; an empty one gives no micro-batch."""
         alike: dict[Hashable, list[Any]] = defaultdict(list)
-        for example in examples:
-            batch = self._collated(example)
+        for batch in self._collated(examples):
             alike[kind_of(batch, self.fills)].append(batch)
         pieces = itertools.chain.from_iterable(map(self._pieces, alike.values()))
         batches = [join(piece, self.fills) for piece in pieces]
@@ -161,9 +169,22 @@ class LogicalBatchCollator:
             return max(1, self.max_tokens // longest)
         return self.micro_batch_size
 
-    def _collated(self, example: Any) -> Mapping[str, Any]:
-        """One example's batch; rows are clipped one by one, so it must be one whole row."""
-        batch = self.collator([example])
+    def _collated(self, examples: list[Any]) -> list[Mapping[str, Any]]:
+        """A batch of each example that has any position."""
+        batches = (self._batch_of(example) for example in examples)
+        return [batch for batch in batches if batch is not None]
+
+    def _batch_of(self, example: Any) -> Mapping[str, Any] | None:
+        try:
+            batch = self._whole_row(self.collator([example]))
+        except Exception:  # an empty line stops no run, whatever a collator makes of it
+            if is_blank(example, self.length_key):
+                return None
+            raise
+        return None if has_no_positions(batch, self.length_key) else batch
+
+    def _whole_row(self, batch: Any) -> Mapping[str, Any]:
+        """`batch`, of one example; rows are clipped one by one, so it must be one whole row."""
         if not isinstance(batch, Mapping) or batch_size(batch) != 1:
             raise ConfigurationError(
                 explain(

@@ -27,6 +27,7 @@ from hf_dp.layers import DEFAULT_LAYER_RULES, LayerRules
 from hf_dp.sums import ClippedSum
 from hf_dp.training.alone import definition_loss, moved_to_the_front
 from hf_dp.training.choice import Choice, choose
+from hf_dp.training.joining import with_a_position
 from hf_dp.training.own_forward import state_of_loss
 from hf_dp.training.padding import padded_on_the_left
 from hf_dp.training.refused_parts import refuse_model
@@ -94,6 +95,7 @@ def clipped_sum(
     refuse_without_gradients()
     clipping = FlatClipping(clipping_norm, clipping_norm_type)
     refuse_model(model)
+    batch = with_a_position(batch, _padding_of(model))
     owners: Owners | None = None
     if users is not None:
         batch, owners = _by_user(batch, users, user_reduction)
@@ -207,7 +209,7 @@ def _begins_with_padding(batch: Mapping[str, Any]) -> bool:
 
 def _choice(model: nn.Module, batch: Mapping[str, Any]) -> Choice:
     """Made once for a model, a set of columns and a way to pad, on made-up examples."""
-    padding = getattr(getattr(unwrapped(model), "config", None), "pad_token_id", None)
+    padding = _padding_of(model)
     padding = padding if _pads_with(batch, padding) else None
 
     def key() -> tuple[Hashable, ...]:
@@ -221,6 +223,10 @@ def _choice(model: nn.Module, batch: Mapping[str, Any]) -> Choice:
         )
         known[key()] = known[before]
     return known[key()]
+
+
+def _padding_of(model: nn.Module) -> int | None:
+    return getattr(getattr(unwrapped(model), "config", None), "pad_token_id", None)
 
 
 def _pads_with(batch: Mapping[str, Any], token: object) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence, Sized
 from typing import Any
 
 import numpy as np
@@ -89,6 +89,48 @@ def width_of(batch: Mapping[str, Any], key: str) -> int:
         if isinstance(value, Tensor) and value.dim() >= 2:
             return value.shape[1]
     return 0
+
+
+def is_blank(example: Any, key: str) -> bool:
+    """Whether an item of the dataset has no position: an empty line, say, that a tokenizer leaves empty.
+
+    Args:
+        example: As the collator gets it.
+        key: The model's main input; where the example has none, all of its sequences must be empty.
+    """
+    if not isinstance(example, Mapping):
+        return False
+    named = {key: example[key]} if key in example else example
+    sized = (v for v in named.values() if isinstance(v, Sized) and getattr(v, "ndim", 1) > 0)
+    sizes = [len(value) for value in sized]
+    return bool(sizes) and not any(sizes)
+
+
+def has_no_positions(batch: Mapping[str, Any], key: str) -> bool:
+    """Whether there is nothing to compute a loss of in a collated batch.
+
+    Args:
+        batch: Of one example or several.
+        key: The model's main input.
+    """
+    read = (key, MASK, "labels", "decoder_input_ids")
+    columns = [batch[name] for name in read if isinstance(batch.get(name), Tensor)]
+    return any(value.dim() >= 2 and value.numel() == 0 for value in columns)
+
+
+def with_a_position(batch: Mapping[str, Any], padding: int | None) -> Mapping[str, Any]:
+    """A batch of nothing but empty lines with one masked position in each; any other as it is.
+
+    Args:
+        batch: Collated.
+        padding: The model's padding token.
+    """
+    empty = {n: v for n, v in batch.items() if isinstance(v, Tensor) and v.shape[1:] == (0,)}
+    if "input_ids" not in empty:
+        return batch
+    fills = {**USUAL_FILLS, "input_ids": padding or 0}
+    made = {n: empty[n].new_full((len(empty[n]), 1), fills[n]).long() for n in fills if n in empty}
+    return {**batch, **made}
 
 
 def _kind(name: str, value: Any, batch: Mapping[str, Any], fills: Fills) -> Hashable:

@@ -35,7 +35,9 @@ class UserCollator(LogicalBatchCollator):
         """Collate one draw; an empty one gives no micro-batch."""
         alike: dict[Hashable, list[_User]] = defaultdict(list)
         for user in _users(examples):
-            rows = [self._collated(example) for example in user]
+            rows = self._collated(user)
+            if not rows:
+                continue
             kinds = {kind_of(row, self.fills) for row in rows}
             alike[kinds.pop() if len(kinds) == 1 else id(rows)].append(rows)
         packs = list(itertools.chain.from_iterable(map(self._packs, alike.values())))

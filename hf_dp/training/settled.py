@@ -22,7 +22,7 @@ from hf_dp.training.batches import without_column
 from hf_dp.training.choice import Choice, announce, choose
 from hf_dp.training.chosen_noise import norm_of
 from hf_dp.training.explaining import explain_training
-from hf_dp.training.joining import Fills, fills_of
+from hf_dp.training.joining import Fills, fills_of, is_blank
 from hf_dp.training.lines import Lines
 from hf_dp.training.memoryless import refuse_memory
 from hf_dp.training.missing import refuse_missing_labels, refuse_unread_columns
@@ -75,7 +75,7 @@ class SettledMixin(_Host):
             )
             if self.dp_args.preflight:
                 refuse_own_draws(host.dataset, len(self.train_dataset))
-            items = [self._item(host, place) for place in some_places(len(self.train_dataset))]
+            items = self._some_items(host)
             refuse_memory(host.collate_fn, items)
             item = items[0]
             self._fills = fills_of(host.collate_fn, item)
@@ -114,7 +114,9 @@ class SettledMixin(_Host):
         host = super().get_train_dataloader()
         self._settle_loss(host)
         with self._lines.silent(), self.coins.for_library_code():
-            columns = self._prepare_inputs(host.collate_fn([copy.deepcopy(self._item(host, 0))]))
+            columns = self._prepare_inputs(
+                host.collate_fn([copy.deepcopy(self._some_items(host)[0])])
+            )
             return explain_training(
                 self.model,
                 columns,
@@ -132,9 +134,12 @@ class SettledMixin(_Host):
             _of_each, self.compute_loss_context_manager, self._choice.example_loss
         )
 
-    def _item(self, host: DataLoader[Any], place: int) -> Any:
-        """An example as collators may see it."""
-        return without_column(host.dataset[place], self._ownership.column)
+    def _some_items(self, host: DataLoader[Any]) -> list[Any]:
+        """A few examples as collators may see them; empty lines, which have no columns, only if all are."""
+        key = getattr(self.model, "main_input_name", "input_ids")
+        rows = (host.dataset[place] for place in some_places(len(self.train_dataset)))
+        items = [without_column(row, self._ownership.column) for row in rows]
+        return [item for item in items if not is_blank(item, key)] or items
 
 
 def _of_each(
