@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from hf_dp.engines.rows import batch_size, row
 from hf_dp.errors import ConfigurationError, explain
+from hf_dp.training.positions import axis_of
 from hf_dp.training.reductions import IGNORED
 from hf_dp.training.tasks import Task, is_encoder_decoder, recognise_task
 
@@ -83,10 +84,12 @@ def alone(model: nn.Module, inputs: Mapping[str, Any], index: int) -> dict[str, 
     names = _cut_by_the_mask(model, one)
     if not names or not bool(one["attention_mask"].any()):
         return one
-    tokens = one["attention_mask"][0].nonzero().reshape(-1)
+    axis = axis_of(one)
+    tokens = one["attention_mask"][0].reshape(-1, one["attention_mask"].shape[axis]).any(0)
+    tokens = tokens.nonzero().reshape(-1)
     first = 0 if _ENDS[0] in one else int(tokens[0])
-    kept = slice(first, int(tokens[-1]) + 1)
-    return {name: value[:, kept] if name in names else value for name, value in one.items()}
+    kept = int(tokens[-1]) + 1 - first
+    return {n: v.narrow(axis, first, kept) if n in names else v for n, v in one.items()}
 
 
 def moved_to_the_front(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -107,7 +110,7 @@ def moved_to_the_front(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str,
         positions = positions.expand(len(mask), *positions.shape[1:])  # each row gets its own
         inputs = {**inputs, "position_ids": positions}
     names = _cut_by_the_mask(model, inputs)
-    if not names or _ENDS[0] in inputs:
+    if not names or _ENDS[0] in inputs or axis_of(inputs) > 1:
         return None
     width = inputs["attention_mask"].shape[1]
     own = inputs["attention_mask"] != 0
@@ -120,7 +123,7 @@ def moved_to_the_front(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str,
 def _cut_by_the_mask(model: nn.Module, inputs: Mapping[str, Any]) -> frozenset[str]:
     """The columns from which padding may go; none where one of the mask's width may not be per token."""
     mask = inputs.get("attention_mask")
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
+    if not isinstance(mask, Tensor) or mask.dim() != axis_of(inputs) + 1:
         return frozenset()
     sided = [name for name, value in inputs.items() if _spans(value, mask)]
     float_labels = [n for n in sided if n == "labels" and inputs[n].is_floating_point()]
@@ -130,7 +133,7 @@ def _cut_by_the_mask(model: nn.Module, inputs: Mapping[str, Any]) -> frozenset[s
 
 
 def _spans(value: object, mask: Tensor) -> bool:
-    return isinstance(value, Tensor) and value.dim() >= 2 and value.shape[:2] == mask.shape
+    return isinstance(value, Tensor) and value.shape[: mask.dim()] == mask.shape
 
 
 def _loss_of_row(compute_loss: ComputeLoss, model: nn.Module, one: dict[str, Any]) -> Tensor:

@@ -16,6 +16,7 @@ from hf_dp.training.losses import choose_example_loss
 from hf_dp.training.made_up import MadeUpRows, attempts, each_alone
 from hf_dp.training.own_forward import has_library_loss
 from hf_dp.training.padding import padding_matters
+from hf_dp.training.positions import axis_of
 
 logger = logging.getLogger(__name__)
 
@@ -40,9 +41,10 @@ class Choice:
 
     @property
     def padded(self) -> frozenset[str]:
-        """Columns that were tried with padding at the end of their second axis; no others may get any."""
-        spans = {} if self.rows is None else self.rows.spans
-        return frozenset(name for name, span in spans.items() if 1 in span.axes)
+        """Columns that were tried with padding at the end of their positions; no others may get any."""
+        rows = self.rows
+        spans = {} if rows is None else rows.spans
+        return frozenset(n for n, span in spans.items() if rows and axis_of(rows) in span.axes)
 
     @property
     def longest(self) -> int:

@@ -30,6 +30,7 @@ from hf_dp.training.choice import Choice, choose
 from hf_dp.training.joining import with_a_position
 from hf_dp.training.own_forward import state_of_loss
 from hf_dp.training.padding import padded_on_the_left
+from hf_dp.training.positions import axis_of
 from hf_dp.training.refused_parts import refuse_model
 from hf_dp.training.tasks import unwrapped
 
@@ -204,7 +205,9 @@ def _default_loss(
 def _begins_with_padding(batch: Mapping[str, Any]) -> bool:
     """Whether the made-up examples, which are padded on the right, say nothing of this batch."""
     mask = batch.get("attention_mask")
-    return isinstance(mask, Tensor) and mask.dim() == 2 and padded_on_the_left(mask)
+    if not isinstance(mask, Tensor) or mask.dim() != axis_of(batch) + 1:
+        return False
+    return padded_on_the_left(mask.flatten(0, -2))
 
 
 def _choice(model: nn.Module, batch: Mapping[str, Any]) -> Choice:

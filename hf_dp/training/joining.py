@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from hf_dp.training.padding import padded_on_the_left
+from hf_dp.training.positions import axis_of
 from hf_dp.training.reductions import IGNORED
 
 logger = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ def fills_of(collate: Collator, item: Any) -> dict[str, int | float]:
     try:
         alone = collate([copy.deepcopy(item)])
         both = collate([copy.deepcopy(item), _doubled(copy.deepcopy(item))])
-        found = {name: _fill(alone[name], both[name], both.get(MASK)) for name in alone}
+        found = {name: _fill(alone[name], both[name], both) for name in alone}
     except Exception as error:  # a foreign collator may want anything
         logger.debug("the collator's padding is not known: %s", type(error).__name__)
         return {}
@@ -83,11 +84,14 @@ def join(batches: Sequence[Mapping[str, Any]], fills: Fills) -> Mapping[str, Any
 
 
 def width_of(batch: Mapping[str, Any], key: str) -> int:
-    """Positions of an example, by the model's main input or else by its mask; 0 where it has none."""
+    """Positions of an example, by the model's main input or else by its mask; 0 where it has none.
+
+    Those of all its texts, where it has several to choose from.
+    """
     for name in (key, MASK):
         value = batch.get(name)
         if isinstance(value, Tensor) and value.dim() >= 2:
-            return value.shape[1]
+            return value.shape[1:][: axis_of(batch)].numel()
     return 0
 
 
@@ -101,8 +105,10 @@ def is_blank(example: Any, key: str) -> bool:
     if not isinstance(example, Mapping):
         return False
     named = {key: example[key]} if key in example else example
-    sized = (v for v in named.values() if isinstance(v, Sized) and getattr(v, "ndim", 1) > 0)
-    sizes = [len(value) for value in sized]
+    sized: list[Any] = [
+        v for v in named.values() if isinstance(v, Sized) and getattr(v, "ndim", 1) > 0
+    ]
+    sizes = [sum(map(len, value)) if _is_nested(value) else len(value) for value in sized]
     return bool(sizes) and not any(sizes)
 
 
@@ -140,7 +146,9 @@ def _kind(name: str, value: Any, batch: Mapping[str, Any], fills: Fills) -> Hash
         if value.dim() == 0:
             return value.dtype, value.device, value.item()
         free = _is_filled_up(name, value, batch, fills)
-        return value.dtype, value.device, (None, *value.shape[2:]) if free else value.shape[1:]
+        axis = axis_of(batch) if free else 0
+        others = (*value.shape[1:axis], None, *value.shape[axis + 1 :]) if free else value.shape[1:]
+        return value.dtype, value.device, others
     if isinstance(value, np.ndarray):
         return value.dtype.str, value.shape[1:]
     if isinstance(value, Mapping):
@@ -151,12 +159,12 @@ def _kind(name: str, value: Any, batch: Mapping[str, Any], fills: Fills) -> Hash
 
 
 def _is_filled_up(name: str, value: Tensor, batch: Mapping[str, Any], fills: Fills) -> bool:
-    mask = batch.get(MASK)
-    if not isinstance(mask, Tensor) or mask.dim() != 2 or value.dim() < 2:
+    mask, axis = batch.get(MASK), axis_of(batch)
+    if not isinstance(mask, Tensor) or mask.dim() != axis + 1 or value.dim() < mask.dim():
         return False
     if name not in fills or (name == "labels" and value.is_floating_point()):
         return False
-    return name in _OF_THE_TARGET or value.shape[1] == mask.shape[1]
+    return name in _OF_THE_TARGET or value.shape[: axis + 1] == mask.shape
 
 
 def _joined(values: Sequence[Any], fill: int | float) -> Any:
@@ -166,10 +174,10 @@ def _joined(values: Sequence[Any], fill: int | float) -> Any:
             return first
         if all(value.shape == first.shape for value in values):
             return torch.cat(list(values))
-        width = max(value.shape[1] for value in values)
-        made = first.new_full((len(values), width, *first.shape[2:]), fill)
+        sizes = [max(along) for along in zip(*(value.shape[1:] for value in values), strict=True)]
+        made = first.new_full((len(values), *sizes), fill)
         for row, value in zip(made, values, strict=True):
-            row[: value.shape[1]] = value[0]
+            row[tuple(map(slice, value.shape[1:]))] = value[0]
         return made
     if isinstance(first, np.ndarray):
         return np.concatenate(values) if first.ndim else first
@@ -180,21 +188,31 @@ def _joined(values: Sequence[Any], fill: int | float) -> Any:
     return first
 
 
-def _fill(one: Any, two: Any, mask: Any) -> int | float | None:
+def _fill(one: Any, two: Any, batch: Mapping[str, Any]) -> int | float | None:
     """The one value that stands behind, or before, the first example where the second is longer."""
+    axis, mask = axis_of(batch), batch.get(MASK)
     if not isinstance(one, Tensor) or not isinstance(two, Tensor):
         return None
-    if one.dim() < 2 or one.dim() != two.dim() or two.shape[1] <= one.shape[1]:
+    if not axis < one.dim() == two.dim() or two.shape[axis] <= one.shape[axis]:
         return None
-    left = isinstance(mask, Tensor) and mask.dim() == 2 and padded_on_the_left(mask[:1])
-    values = (two[0, : -one.shape[1]] if left else two[0, one.shape[1] :]).unique()
+    left = False
+    if isinstance(mask, Tensor) and mask.dim() == axis + 1:
+        left = padded_on_the_left(mask[:1].flatten(0, -2))
+    width, more = one.shape[axis], two.shape[axis] - one.shape[axis]
+    values = two[:1].narrow(axis, 0 if left else width, more).unique()
     return values.item() if len(values) == 1 else None
 
 
 def _doubled(value: Any) -> Any:
     """An example twice as long: sequences of numbers and texts, one after the other."""
     if isinstance(value, Mapping):
-        return {name: _doubled(inner) for name, inner in value.items()}
+        several = _is_nested(value.get("input_ids"))  # texts to choose from: each gets longer
+        return {
+            name: [_doubled(text) for text in inner]
+            if several and _is_nested(inner)
+            else _doubled(inner)
+            for name, inner in value.items()
+        }
     if isinstance(value, str):
         return f"{value} {value}"
     if isinstance(value, list | tuple):
@@ -204,3 +222,11 @@ def _doubled(value: Any) -> Any:
     if isinstance(value, np.ndarray) and value.ndim > 0:
         return np.concatenate([value, value])
     return value
+
+
+def _is_nested(value: Any) -> bool:
+    return (
+        isinstance(value, list | tuple)
+        and bool(value)
+        and all(isinstance(inner, list | tuple) for inner in value)
+    )

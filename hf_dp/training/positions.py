@@ -51,12 +51,20 @@ Spans = Mapping[str, Span]
 """Column -> where its positions are."""
 
 
+def axis_of(columns: Mapping[str, Any]) -> int:
+    """The axis of a column on which its positions are: of several texts to choose from, the third."""
+    ids, mask = columns.get("input_ids"), columns.get("attention_mask")
+    if not isinstance(ids, Tensor) or not isinstance(mask, Tensor):
+        return 1
+    return 2 if ids.dim() == 3 and ids.shape == mask.shape else 1
+
+
 def width_of(columns: Mapping[str, Any]) -> int | None:
     """How many positions the example of a batch of one has; None where it has none."""
     for name in ("input_ids", "attention_mask", "inputs_embeds"):
         value = columns.get(name)
         if isinstance(value, Tensor) and value.dim() >= 2:
-            return value.shape[1]
+            return value.shape[axis_of(columns)]
     return None
 
 
@@ -82,27 +90,29 @@ def spans_of(
         by_name: Whether columns must be known to be per token, not merely as wide as the mask.
         translates: Whether the model's labels have lengths of their own.
     """
-    width, spans = width_of(columns), dict[str, Span]()
+    width, first, spans = width_of(columns), axis_of(columns), dict[str, Span]()
     for name, value in columns.items():
         if not isinstance(value, Tensor) or value.dim() < 2:
             continue
         if name == "labels":
             own = translates or value.shape[1] != width
-            if _of_tokens(value, width, translates=translates):
+            if first == 1 and _of_tokens(value, width, translates=translates):
                 spans[name] = Span((1,), target_lengths if own else lengths)
         elif name in _TARGETS:
             spans[name] = Span((1,), target_lengths)
-        elif axes := _axes(name, value, width, by_name=by_name):
+        elif axes := _axes(name, value, width, first, by_name=by_name):
             spans[name] = Span(axes, lengths)
     return spans
 
 
-def _axes(name: str, value: Tensor, width: int | None, *, by_name: bool) -> tuple[int, ...]:
+def _axes(
+    name: str, value: Tensor, width: int | None, first: int, *, by_name: bool
+) -> tuple[int, ...]:
     if name not in _PER_TOKEN and (
         by_name or width == 1
     ):  # of one token, much is as wide by chance
         return ()
-    return tuple(axis for axis in range(1, value.dim()) if value.shape[axis] == width)
+    return tuple(axis for axis in range(first, value.dim()) if value.shape[axis] == width)
 
 
 def _of_tokens(labels: Tensor, width: int | None, *, translates: bool) -> bool:

@@ -139,6 +139,8 @@ def test_errors_of_other_examples_are_not_hidden() -> None:
         ({"input_ids": [], "labels": [4, 5]}, True),
         ({"input_ids": torch.zeros(0), "labels": torch.tensor(1)}, True),
         ({"text": "", "label": 1}, True),
+        ({"input_ids": [[], []], "label": 1}, True),
+        ({"input_ids": [[], [1]], "label": 1}, False),
         ({"text": "", "title": "a"}, False),
         ({"input_ids": [1], "labels": []}, False),
         ({"labels": torch.tensor(1)}, False),
