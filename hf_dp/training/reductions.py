@@ -18,23 +18,28 @@ from hf_dp.errors import ConfigurationError, explain
 IGNORED = -100
 
 
-def own_labels(labels: Tensor, attention_mask: Tensor | None, *, shifted: bool) -> Tensor:
+def own_labels(
+    labels: Tensor, attention_mask: Tensor | None, *, shifted: bool, prompt: int = 0
+) -> Tensor:
     """The label that each position must predict, if it is one of the example's own.
 
     What stands in the padding before the first and after the last token is ignored: how much there
     is depends on the other examples. So is the first token where labels are shifted, since only
-    padding precedes it.
+    padding precedes it; a trained prompt's last position predicts it.
 
     Args:
         labels: ``(B, T)``.
         attention_mask: ``(B, T)``, not zero at own tokens; None or another shape for no padding.
         shifted: Whether a position predicts the next one's label, as in causal models.
+        prompt: How many positions the model puts before the example's own: virtual tokens, P.
 
     Returns:
-        ``(B, T)``.
+        ``(B, P + T)``.
     """
     own = _own_span(attention_mask, labels)
     labels = labels.where(own, IGNORED)
+    if shifted and prompt > 0:
+        return F.pad(labels, (prompt - 1, 1), value=IGNORED)
     return F.pad(labels[:, 1:], (0, 1), value=IGNORED).where(own, IGNORED) if shifted else labels
 
 

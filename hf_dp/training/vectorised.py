@@ -74,12 +74,14 @@ class VectorisedLoss:
                 targets[1],
                 inputs.get("attention_mask"),
             )
-        labels = targets[0]
+        labels, logits = targets[0], logits_of(outputs)
         if self.task not in (Task.SEQ2SEQ_LM, Task.SEQUENCE_CLASSIFICATION):
+            shifted = self.task is Task.CAUSAL_LM
+            prompt = logits.shape[1] - labels.shape[1] if shifted and logits.dim() == 3 else 0
             labels = own_labels(
-                labels, inputs.get("attention_mask"), shifted=self.task is Task.CAUSAL_LM
+                labels, inputs.get("attention_mask"), shifted=shifted, prompt=prompt
             )
-        return self._reduce(model, logits_of(outputs), labels)
+        return self._reduce(model, logits, labels)
 
     def describe(self) -> str:
         """One line for the log."""
