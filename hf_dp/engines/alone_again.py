@@ -1,24 +1,27 @@
-"""On every batch: two examples together and each alone, where code is involved of which nothing is known.
+"""On every batch: two examples among all others and each alone, where code of unknown origin is involved.
 
 What a loss does may change from batch to batch: a setting, a flag in its file, a column that was not
 there before, a branch that first becomes true. No list of what can be read off a function from outside
 (its closure, attributes, globals, what those lead to) is ever complete, and one that is long pays for
 each counter and each annealed temperature. So nothing is read. The two examples with the lowest and the
-highest loss of the batch are run together and alone, and what differs is looked at in all detail
+highest loss of the batch are run alone, and what differs is looked at in all detail
 (`mates.check_mates`), which also decides: here rounding may be mistaken for influence, but costs time
 alone.
 
 Of a model that is known no forward pass is needed for that: the loss is given again, row by row, what
-the model gave in this very batch. Then dropout does not matter, the two are also compared with their
-losses among all others, and so are the gradients that the loss sends into the model's outputs. A model of
-one's own, or a loss that calls it in ways of its own, is run on four rows without dropout and without
-gradients; gradients are then compared on the first batch alone (`settle.compare_mates`).
+the model gave in this very batch, as long as it calls the model with what it did then. So dropout does not
+matter, and the gradients that the loss sends into the model's outputs are compared too. A model of
+one's own, or a loss that calls it otherwise for one example, is run on the two rows without gradients, and
+without dropout; if numbers were drawn in this batch, on all of it as well. Gradients are then compared on
+the first batch alone (`settle.compare_mates`).
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +31,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from hf_dp.engines.base import ExampleLoss, checked_losses, is_out_of_memory
 from hf_dp.engines.mates import GAPS, GRADIENT_GAPS, Batch, apart, coarseness, noting_half
+from hf_dp.engines.own_losses import ModelCall
 from hf_dp.engines.probe import mode_of
 from hf_dp.engines.rows import batch_size, select_rows
 from hf_dp.engines.sharded import Ranks
@@ -36,6 +40,7 @@ from hf_dp.layers.factors import wide
 from hf_dp.layers.randomness import Randomness, kept_randomness
 
 _LITTLE = 1e-3  # of the longer gradient: the other counts as at least that long
+_PLAIN = (bool, int, float, str)
 _NO_LOSS = 0.1  # losses are compared relative to themselves and this, as in `mates`
 
 
@@ -44,16 +49,18 @@ class _OtherCallsError(Exception):
 
 
 @dataclass
-class _Given:
-    """What one call of the model gave for a few rows."""
+class _Call:
+    """What one call of the model was given, and what it gave, for a few rows."""
 
+    taken: list[Any]
     leaves: list[Any]
     spec: Any
 
     @classmethod
-    def of(cls, output: object, rows: Sequence[int], size: int) -> _Given:
-        leaves, spec = tree_flatten(output)
-        return cls([_rows_of(leaf, rows, size) for leaf in leaves], spec)
+    def of(cls, call: ModelCall, rows: Sequence[int], size: int) -> _Call:
+        leaves, spec = tree_flatten(call.output)
+        taken = [_taken(leaf, rows, size) for leaf in tree_flatten(call.arguments)[0]]
+        return cls(taken, [_rows_of(leaf, rows, size) for leaf in leaves], spec)
 
     def of_rows(self, rows: Sequence[int]) -> tuple[Any, list[Tensor]]:
         """The output for some of the rows, and what in it may have a gradient."""
@@ -65,10 +72,40 @@ class _Given:
                 leaves[place] = leaf.clone()  # may be changed in place
         return tree_unflatten(leaves, self.spec), starts
 
+    def is_repeated(self, arguments: object, rows: Sequence[int], little: float) -> bool:
+        """Whether the model is given for some of the rows what it was given for them before."""
+        leaves = tree_flatten(arguments)[0]
+        return len(leaves) == len(self.taken) and all(
+            _are_alike(was(rows) if callable(was) else was, leaf, little)
+            for was, leaf in zip(self.taken, leaves, strict=True)
+        )
+
+
+def _taken(leaf: Any, rows: Sequence[int], size: int) -> Any:
+    """An argument; of one that has a row for each example a function that gives some of the rows."""
+    if not isinstance(leaf, Tensor):
+        return leaf if isinstance(leaf, _PLAIN) else None
+    if leaf.dim() == 0 or len(leaf) != size:
+        return leaf.detach()
+    kept = leaf.detach()[list(rows)]
+    return lambda some: kept[list(some)]
+
+
+def _are_alike(was: Any, now: Any, little: float) -> bool:
+    if not isinstance(was, Tensor) or not isinstance(now, Tensor):
+        return was is None or (isinstance(now, _PLAIN) and was == now)
+    if was.shape != now.shape or was.dtype != now.dtype:
+        return False
+    if not was.is_floating_point() or was.numel() == 0:
+        return torch.equal(was, now)
+    before, after = wide(was), wide(now.detach())
+    allowed = little * before.abs().nan_to_num(0, 0, 0).max()
+    return bool((apart(before, after) <= allowed).all())
+
 
 def _rows_of(leaf: Any, rows: Sequence[int], size: int) -> Any:
     if not isinstance(leaf, Tensor):
-        return leaf if isinstance(leaf, bool | int | float | str) else None  # say a cache of keys
+        return leaf if isinstance(leaf, _PLAIN) else None  # say a cache of keys
     if leaf.dim() == 0:  # of the whole batch: who uses it gets no number
         return leaf.detach() * torch.nan if leaf.is_floating_point() else leaf.detach()
     if len(leaf) != size:
@@ -97,7 +134,9 @@ class Ends:
         inputs: Batch,
         example_loss: ExampleLoss,
         losses: Tensor,
-        outputs: Sequence[object] | None,
+        calls: Sequence[ModelCall],
+        *,
+        drawn: bool,
         ranks: Ranks,
     ) -> None:
         """Keep two rows of what is needed.
@@ -107,104 +146,119 @@ class Ends:
             inputs: Two or more examples.
             example_loss: One loss per example.
             losses: What it gave, ``(B,)``.
-            outputs: What the model gave each time that it was called; None if it must be run again.
+            calls: Of a model that is known, each as it was; none if it must be run again.
+            drawn: Whether random numbers may have been.
             ranks: Those that run the model together; then it is run again.
         """
         self._model, self._example_loss, self._ranks = model, example_loss, ranks
+        self._inputs, self._drawn = inputs, drawn
         self._among = wide(losses.detach()).double().cpu()
         size = len(self._among)
-        rows = _lowest_and_highest(self._among)
-        self._pair = select_rows(inputs, rows)
-        self._among = self._among[rows]
-        self._given: list[_Given] | None = None
-        if outputs and not ranks.together:
+        self._rows = _lowest_and_highest(self._among)
+        self._pair = select_rows(inputs, self._rows)
+        self._calls: list[_Call] = []
+        if not ranks.together:
             with contextlib.suppress(_OtherCallsError):
-                self._given = [_Given.of(output, rows, size) for output in outputs]
+                self._calls = [_Call.of(call, self._rows, size) for call in calls]
 
     def show(self) -> bool:
         """Whether one of the two is another among others than alone, be it by rounding."""
         device = next(self._model.parameters()).device
-        if self._given is not None:
+        if self._calls:
             with kept_randomness(device):
                 try:
-                    return self._differ(self._replayed, Randomness.now(device), among=self._among)
+                    return self._differ_replayed(Randomness.now(device))
                 except Exception as error:  # a foreign loss may want of the model what was not kept
                     if is_out_of_memory(error):
                         raise
         with kept_randomness(device), mode_of(self._model, training=True), without_dropout():
             with noting_half(self._model) as halves, torch.no_grad():
-                return self._differ(self._run_again, Randomness.now(device), halves=halves)
+                return self._differ_run_again(Randomness.now(device), halves)
 
-    def _differ(
-        self,
-        run: Callable[[Sequence[int]], _Run],
-        before: Randomness,
-        *,
-        among: Tensor | None = None,
-        halves: Sequence[bool] = (),
-    ) -> bool:
-        alone = _together(run([0]), run([1]))
-        if self._ranks.any(not Randomness.now(before.device).same(before)):
+    def _differ_replayed(self, before: Randomness) -> bool:
+        kind = coarseness(before.device, half=self._is_half())
+        replayed = functools.partial(self._replayed, little=GAPS[kind])
+        alone = _together(replayed([0]), replayed([1]))
+        if not Randomness.now(before.device).same(before):
             return False  # other draws for an example alone than among others
-        together = run([0, 1])
-        kind = coarseness(before.device, half=bool(halves) or self._is_half())
-        gaps = _loss_gaps(together.losses, alone.losses)
-        if among is not None:
-            if bool((alone.losses.isnan() & among.isfinite()).any()):
-                raise _OtherCallsError
-            gaps = gaps.maximum(_loss_gaps(among, alone.losses))
-        if self._ranks.any(bool((gaps > GAPS[kind]).any())):
-            again = _together(run([0]), run([1]))  # what changes by itself is no coupling
+        if bool((alone.losses.isnan() & self._among[self._rows].isfinite()).any()):
+            raise _OtherCallsError
+        together = replayed([0, 1])
+        gaps = _loss_gaps(self._among[self._rows], alone.losses)
+        gaps = gaps.maximum(_loss_gaps(together.losses, alone.losses))
+        if bool((gaps > GAPS[kind]).any()):  # what changes by itself is no coupling
+            again = _together(replayed([0]), replayed([1]))
             gaps = gaps - _loss_gaps(again.losses, alone.losses)
         shown = bool((gaps > GAPS[kind]).any())
         return shown or _gradients_differ(together, alone, GRADIENT_GAPS[kind])
 
+    def _differ_run_again(self, before: Randomness, halves: Sequence[bool]) -> bool:
+        among = self._among
+        if self._ranks.any(self._drawn):
+            among = self._losses(self._inputs)
+        alone = self._each_alone()
+        if self._ranks.any(not Randomness.now(before.device).same(before)):
+            return False  # likewise
+        little = GAPS[coarseness(before.device, half=bool(halves))]
+        gaps = _loss_gaps(among[self._rows], alone)
+        if self._ranks.any(bool((gaps > little).any())):
+            gaps = gaps - _loss_gaps(self._each_alone(), alone)
+        return bool((gaps > little).any())
+
+    def _each_alone(self) -> Tensor:
+        return torch.cat([self._losses(select_rows(self._pair, [place])) for place in (0, 1)])
+
     def _is_half(self) -> bool:
         least = torch.finfo(torch.float32).eps
-        leaves = (leaf for given in self._given or () for leaf in given.leaves)
+        leaves = (leaf for call in self._calls for leaf in call.leaves)
         floats = (t for t in leaves if isinstance(t, Tensor) and t.is_floating_point())
         return any(torch.finfo(t.dtype).eps > least for t in floats)
 
-    def _run_again(self, rows: Sequence[int]) -> _Run:
-        return _Run(self._losses(rows).detach().double().cpu(), [])
+    def _replayed(self, rows: Sequence[int], *, little: float) -> _Run:
+        outputs, starts = [], []
+        for call in self._calls:
+            output, mine = call.of_rows(rows)
+            outputs.append(output)
+            starts += mine
 
-    def _replayed(self, rows: Sequence[int]) -> _Run:
-        assert self._given is not None
-        outputs = [given.of_rows(rows) for given in self._given]
-        starts = [start for _, mine in outputs for start in mine]
-        with torch.enable_grad(), _giving(self._model, [output for output, _ in outputs]):
-            losses = self._losses(rows)
+        def answer(number: int, arguments: object) -> Any:
+            if number >= len(outputs) or not self._calls[number].is_repeated(
+                arguments, rows, little
+            ):
+                raise _OtherCallsError
+            return outputs[number]
+
+        batch = select_rows(self._pair, rows)
+        with torch.enable_grad(), _answering(self._model, answer) as count:
+            losses = checked_losses(self._example_loss(self._model, batch), len(rows))
+        if next(count) < len(outputs):
+            raise _OtherCallsError
+        losses = wide(losses)
         grads: Sequence[Tensor | None] = [None] * len(starts)
         if losses.requires_grad and starts:
             grads = torch.autograd.grad(losses.sum(), starts, allow_unused=True)
         return _Run(losses.detach().double().cpu(), list(grads))
 
-    def _losses(self, rows: Sequence[int]) -> Tensor:
-        batch = select_rows(self._pair, rows)
-        return wide(checked_losses(self._example_loss(self._model, batch), batch_size(batch)))
+    def _losses(self, batch: Batch) -> Tensor:
+        losses = checked_losses(self._example_loss(self._model, batch), batch_size(batch))
+        return wide(losses).double().cpu()
 
 
 @contextlib.contextmanager
-def _giving(model: nn.Module, outputs: Sequence[Any]) -> Iterator[None]:
-    """Within it the model gives these outputs, one at each call, whatever it is given."""
-    waiting = list(outputs)
+def _answering(model: nn.Module, answer: Callable[[int, object], Any]) -> Iterator[Iterator[int]]:
+    """Within it `answer(number, arguments)` stands for the model; what is given counts the calls."""
+    count = itertools.count()
 
-    def forward(*_: object, **__: object) -> Any:
-        if not waiting:
-            raise _OtherCallsError
-        return waiting.pop(0)
+    def forward(*args: object, **kwargs: object) -> Any:
+        return answer(next(count), (args, kwargs))
 
-    own: Mapping[str, Any] = {
-        name: vars(model)[name] for name in ("forward",) if name in vars(model)
-    }
+    own = {name: vars(model)[name] for name in ("forward",) if name in vars(model)}
     vars(model)["forward"] = forward
     try:
-        yield
+        yield count
     finally:
         del vars(model)["forward"]
         vars(model).update(own)
-    if waiting:
-        raise _OtherCallsError
 
 
 def _lowest_and_highest(losses: Tensor) -> list[int]:

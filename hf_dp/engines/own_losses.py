@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -21,34 +22,49 @@ from hf_dp.errors import UncoveredParameterError
 from hf_dp.layers.base import FIRST
 
 
-class Outputs:
-    """What a model gave while it was watched.
+@dataclass(frozen=True)
+class ModelCall:
+    """What a model was called with, as ``(args, kwargs)``, and what it gave."""
+
+    arguments: object
+    output: object
+    versions: list[int]
+
+    @classmethod
+    def now(cls, arguments: object, output: object) -> ModelCall:
+        """With the versions that its tensors have."""
+        return cls(arguments, output, _versions(arguments, output))
+
+    @property
+    def is_unchanged(self) -> bool:
+        """Whether no tensor was changed in place since."""
+        return self.versions == _versions(self.arguments, self.output)
+
+
+class Calls:
+    """What a model was called with, and gave, while it was watched.
 
     Attributes:
         model: The model.
         edges: Where its outputs are in the graph.
-        given: The outputs, each with the versions that its tensors had.
+        made: The calls.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        """Nothing was given yet."""
+        """None was made yet."""
         self.model = model
         self.edges: list[GradientEdge] = []
-        self.given: list[tuple[object, list[int]]] = []
+        self.made: list[ModelCall] = []
 
-    def note(self, module: nn.Module, args: object, output: object) -> None:
+    def note(self, module: nn.Module, args: object, kwargs: object, output: object) -> None:
         """A forward hook."""
-        tensors = list(tensors_in(output))
+        tensors = tensors_in(output)
         self.edges += [get_gradient_edge(t) for t in tensors if t.grad_fn is not None]
-        self.given.append((output, [_version_of(t) for t in tensors]))
+        self.made.append(ModelCall.now((args, kwargs), output))
 
-    def unchanged(self) -> list[object]:
-        """What the model gave each time that it was called; nothing if that was changed in place."""
-        same = all(
-            versions == [_version_of(t) for t in tensors_in(output)]
-            for output, versions in self.given
-        )
-        return [output for output, _ in self.given] if same else []
+    def unchanged(self) -> list[ModelCall]:
+        """The calls; none if what was taken or given was changed in place."""
+        return self.made if all(call.is_unchanged for call in self.made) else []
 
     def prove(self, losses: Tensor) -> bool:
         """Whether all that `losses`, ``(B,)``, depend on is each one's own row of the outputs."""
@@ -82,8 +98,8 @@ class Outputs:
         return [edge for edge in self.edges if edge.node in reached]
 
 
-def _version_of(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+def _versions(*of: object) -> list[int]:
+    return [0 if t.is_inference() else t._version for t in tensors_in(of)]
 
 
 def _walk(start: Iterable[Node | None], ends: Set[Node]) -> tuple[set[Node], bool]:
@@ -109,11 +125,11 @@ def _before(nodes: Iterable[Node]) -> list[Node | None]:
 
 
 @contextlib.contextmanager
-def watched(model: nn.Module) -> Iterator[Outputs]:
-    """Note what `model` gives within the context."""
-    outputs = Outputs(model)
-    handle = model.register_forward_hook(outputs.note)
+def watched(model: nn.Module) -> Iterator[Calls]:
+    """Note what `model` is called with, and gives, within the context."""
+    calls = Calls(model)
+    handle = model.register_forward_hook(calls.note, with_kwargs=True)
     try:
-        yield outputs
+        yield calls
     finally:
         handle.remove()

@@ -31,7 +31,7 @@ from hf_dp.engines.whole_tap import whole_call
 from hf_dp.errors import UncoveredParameterError
 from hf_dp.layers.base import FIRST, LayerRules
 from hf_dp.layers.factors import Factor, Vec, combine
-from hf_dp.layers.randomness import kept_randomness
+from hf_dp.layers.randomness import Randomness, kept_randomness
 
 _NO_GRADIENT = "does not require grad"  # as torch words it
 
@@ -138,7 +138,10 @@ def _run(
     owners: Owners | None,
 ) -> tuple[Pass, Ends | None]:
     num_units = record.num_units
-    with hooks_on_gradients() as hooks, watched(model) as outputs:
+    own = not is_from_library(example_loss)
+    device = next(iter(coverage.parameters.values())).device
+    before = Randomness.now(device) if own or coverage.foreign else None
+    with hooks_on_gradients() as hooks, watched(model) as calls:
         losses = checked_losses(example_loss(model, inputs), num_units)
     if record.without:
         refuse_reentrant(losses)
@@ -146,15 +149,17 @@ def _run(
         check_folds(record, inputs, num_units)
     record.tell()
     passed = Pass(coverage, record, losses, owners)
+    if num_units < 2:
+        return passed, None
     ends: Ends | None = None
-    if num_units > 1 and losses.requires_grad:
-        strange = bool(hooks or coverage.foreign) or not still_familiar(model)
-        own = not is_from_library(example_loss)
-        if record.ranks.any(strange or own):
-            given = None if strange else outputs.unchanged()
-            ends = Ends(model, inputs, example_loss, losses, given, record.ranks)
+    strange = bool(hooks or coverage.foreign) or not still_familiar(model)
+    if record.ranks.any(strange or own):
+        drawn = before is None or not Randomness.now(device).same(before)
+        known = [] if strange else calls.unchanged()
+        ends = Ends(model, inputs, example_loss, losses, known, drawn=drawn, ranks=record.ranks)
+    if losses.requires_grad:
         if own and not strange:
-            strange = not outputs.prove(losses)
+            strange = not calls.prove(losses)
         passed.prepare_proof(losses, strange=strange)
     return passed, ends
 

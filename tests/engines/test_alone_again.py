@@ -8,42 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from ends_zoo import MODELS, C, batch, familiar, looks, summed
 from engine_zoo import Batch, assert_same_sum, naive
 from torch import Tensor, nn
 from torch.nn import functional as F
 from toy_nets import Net
 
-from hf_dp.clipping import FlatClipping
-from hf_dp.engines import GradientEngine, alone_again, engine_named, settle
+from hf_dp.engines import alone_again, engine_named
 from hf_dp.engines.base import ExampleLoss
 from hf_dp.errors import ConfigurationError
 
-C = 0.05
-
-
-def familiar() -> nn.Module:
-    """Of torch's modules alone, so that what it gave is given to the loss again."""
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 6)).double()
-
-
-def dropping() -> nn.Module:
-    return nn.Sequential(*familiar(), nn.Dropout(0.3)).train()
-
-
-def of_ones_own() -> nn.Module:
-    return Net()
-
-
-MODELS = {"familiar": familiar, "dropping": dropping, "of one's own": of_ones_own}
-
-
-def batch(size: int = 6, **more: Any) -> Batch:
-    generator = torch.Generator().manual_seed(1)
-    reward = torch.rand(size, generator=generator)
-    reward[-1] = 50.0
-    x = torch.randn(size, 6, generator=generator).double()
-    return {"x": x, "y": torch.arange(size) % 6, "reward": reward, **more}
+__all__ = ["looks"]  # a fixture
 
 
 def rewarded(model: nn.Module, inputs: Batch, normalise: bool) -> Tensor:
@@ -104,12 +79,6 @@ def counted() -> tuple[ExampleLoss, Switch]:
 def _as_before() -> Any:
     yield
     globals().update(NORMALISE=False)
-
-
-def summed(
-    engine: GradientEngine, model: nn.Module, loss: ExampleLoss, inputs: Batch | None = None
-) -> Any:
-    return engine.clipped_sum(model, inputs or batch(), example_loss=loss, clipping=FlatClipping(C))
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -200,15 +169,6 @@ def test_a_familiar_model_is_not_run_again_and_a_loss_on_four_rows() -> None:
         summed(engine, model, loss)
     assert sizes == [6, 1, 1, 2]
     assert passes == [6, 6]  # its two layers, once
-
-
-@pytest.fixture
-def looks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How often examples were compared in detail."""
-    found: list[int] = []
-    check = settle.check_mates
-    monkeypatch.setattr(settle, "check_mates", lambda *a: found.append(1) or check(*a))
-    return found
 
 
 def in_place(model: nn.Module, inputs: Batch) -> Tensor:
