@@ -261,7 +261,7 @@ def test_a_loss_of_one_s_own_is_proved_on_every_batch(
 ) -> None:
     with pytest.raises(UncoveredParameterError):
         with_a_loss_that_changes(past_the_outputs=past)
-    monkeypatch.setattr("hf_dp.engines.own_losses.Outputs.prove", lambda *_: True)  # planted
+    monkeypatch.setattr("hf_dp.engines.own_losses.Calls.prove", lambda *_: True)  # planted
     with pytest.raises(ConfigurationError, match="batch mates"):  # the losses show it, too
         with_a_loss_that_changes(past_the_outputs=past)
     monkeypatch.setattr("hf_dp.engines.recorder.Ends.show", lambda *_: False)  # planted

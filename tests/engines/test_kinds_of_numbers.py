@@ -146,13 +146,13 @@ def test_a_model_that_returns_complex_numbers_goes_one_by_one() -> None:
 def test_a_loss_that_mixes_imaginary_parts_is_not_proved() -> None:
     """All of the gradient counts, not its real part."""
     z = torch.randn(4, 3, dtype=torch.complex128, requires_grad=True)
-    outputs = own_losses.Outputs(nn.Identity())
+    calls = own_losses.Calls(nn.Identity())
     made = z * 1
-    outputs.note(outputs.model, (), made)
+    calls.note(calls.model, (), {}, made)
     own = made.abs().square().sum(1)
-    assert outputs.prove(own)
+    assert calls.prove(own)
     mixed = made.real.square().sum(1) + made.imag.roll(1, 0).square().sum(1)
-    assert not outputs.prove(mixed)
+    assert not calls.prove(mixed)
 
 
 # ---- sparse gradients ----------------------------------------------------------------------------
