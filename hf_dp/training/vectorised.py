@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_dp.errors import ConfigurationError, explain
+from hf_dp.training.positions import width_of
 from hf_dp.training.reductions import (
     IGNORED,
     binary_losses,
@@ -77,7 +78,7 @@ class VectorisedLoss:
         labels, logits = targets[0], logits_of(outputs)
         if self.task not in (Task.SEQ2SEQ_LM, Task.SEQUENCE_CLASSIFICATION):
             shifted = self.task is Task.CAUSAL_LM
-            prompt = logits.shape[1] - labels.shape[1] if shifted and logits.dim() == 3 else 0
+            prompt = _prompt(logits, labels, inputs) if shifted else 0
             labels = own_labels(
                 labels, inputs.get("attention_mask"), shifted=shifted, prompt=prompt
             )
@@ -156,6 +157,12 @@ def _call_arguments(task: Task, model: nn.Module, inputs: Mapping[str, Any]) -> 
     if task is Task.SEQ2SEQ_LM and all(arguments.get(name) is None for name in given):
         arguments["decoder_input_ids"] = decoder_inputs(unwrapped(model), inputs["labels"])
     return arguments
+
+
+def _prompt(logits: Tensor, labels: Tensor, inputs: Mapping[str, Any]) -> int:
+    """How many positions of its own a model puts before each example's."""
+    of_tokens = labels.dim() == 2 and labels.shape[1] == width_of(inputs)
+    return logits.shape[1] - labels.shape[1] if of_tokens and logits.dim() == 3 else 0
 
 
 def decoder_inputs(model: Any, labels: Tensor) -> Tensor:
