@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny_runs import Sentences, collate, tiny_bert
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
@@ -44,6 +45,31 @@ def test_the_first_screen_trains_and_reports(
     assert names["trainer"].privacy_report().guarantee.epsilon <= 8.0
 
 
+def test_the_example_of_a_loss_is_vectorised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    names: dict[str, Any] = {
+        "model": tiny_bert(),
+        "train_dataset": Sentences(300),
+        "tokenizer": None,
+    }
+    exec(blocks("python")[0].split("trainer = ")[0], names)  # the imports
+    exec(blocks("python")[1].replace("max_steps=20", "max_steps=2"), names)
+    trainer = names["trainer"]
+    trainer.data_collator = collate
+    trainer.train()
+    assert not trainer._choice.alone
+    assert not trainer._choice.is_definition
+    alone = [
+        names["weighted_loss"](names["model"].eval(), collate([Sentences()[place]])).item()
+        for place in (0, 1)
+    ]
+    both = names["weighted_loss"](names["model"], collate([Sentences()[0], Sentences()[1]]))
+    assert torch.allclose(both, torch.tensor(alone), atol=1e-5)
+
+
 def test_the_example_of_users_protects_users(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -53,7 +79,7 @@ def test_the_example_of_users_protects_users(
     rows = [{**texts[index], "author": f"a{index % 900}"} for index in range(len(texts))]
     names: dict[str, Any] = {"model": tiny_bert(), "train_dataset": rows}
     exec(blocks("python")[0].split("trainer = ")[0], names)  # the imports
-    exec(blocks("python")[1].replace("max_steps=100", "max_steps=2"), names)
+    exec(blocks("python")[2].replace("max_steps=100", "max_steps=2"), names)
     names["trainer"].data_collator = collate
     names["trainer"].train()
     report = names["trainer"].privacy_report()
@@ -66,7 +92,7 @@ def test_the_loop_example_runs() -> None:
         "model": tiny_bert(),
         "batch": collate([Sentences()[0], Sentences()[1]]),
     }
-    exec(blocks("python")[2], names)
+    exec(blocks("python")[3], names)
     assert names["summed"].norms.shape == (2,)
 
 

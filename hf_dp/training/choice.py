@@ -111,7 +111,7 @@ def announce(choice: Choice) -> None:
         logger.warning(
             "hf_dp: compute_loss, or the loss in the model's own forward, has no vectorised form here, so it "
             "is called for one example at a time (engine='sequential'): exact, but as slow as training "
-            "with batches of one. Pass example_loss to DPTrainer for speed."
+            "with batches of one. For speed pass DPTrainer an example_loss, (model, inputs) -> losses (B,)."
         )
     elif choice.alone:
         logger.warning(

@@ -24,6 +24,7 @@ from hf_dp.training.chosen_noise import norm_of
 from hf_dp.training.explaining import explain_training
 from hf_dp.training.joining import Fills, fills_of, is_blank
 from hf_dp.training.lines import Lines
+from hf_dp.training.lost_weights import refuse_lost_weights
 from hf_dp.training.memoryless import refuse_memory
 from hf_dp.training.missing import refuse_missing_labels, refuse_unread_columns
 from hf_dp.training.ownership import Ownership
@@ -86,18 +87,23 @@ class SettledMixin(_Host):
             self._choice = choose(
                 self.model,
                 columns,
-                lambda model, alone: self.compute_loss(model, alone),
+                self._compute_loss_of,
                 given=self._given_loss,
                 trusted=own and self.compute_loss_func is None,
                 label_smoothing=self.args.label_smoothing_factor,
                 padding_id=None if padding is None else int(padding),
             )
+            if self._choice.is_definition and self.dp_args.preflight:
+                refuse_lost_weights(self.model, self._choice.rows, self._compute_loss_of)
         announce(self._choice)
         if self._choice.is_definition and self._set_aside is None:
             self._set_aside, self.engine = self.engine, SequentialEngine()
         elif not self._choice.is_definition and self._set_aside is not None:
             self.engine, self._set_aside = self._set_aside, None
         return self._choice
+
+    def _compute_loss_of(self, model: nn.Module, alone: dict[str, Any]) -> Any:
+        return self.compute_loss(model, alone)
 
     @contextlib.contextmanager
     def _while_losses_are_computed(self) -> Iterator[None]:
