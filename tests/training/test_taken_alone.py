@@ -70,7 +70,8 @@ def test_no_real_example_decides_which_loss_is_used(tmp_path: Path) -> None:
             logits = model(
                 input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]
             ).logits
-            return F.cross_entropy(logits, inputs["labels"], weight=torch.tensor([1.0, 5.0]))
+            weights = torch.tensor([1.0, 5.0])
+            return F.cross_entropy(logits, inputs["labels"], weights, reduction="sum")
 
     class OneLabel(Sentences):
         def __getitem__(self, index: int) -> dict[str, Any]:
