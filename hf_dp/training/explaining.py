@@ -29,7 +29,7 @@ _HEADS = (
     "AutoModelForAudioClassification",
     "AutoModel",
 )
-_LIMITS = ("max_position_embeddings", "n_positions", "max_sequence_length")
+_LIMITS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_target_positions")
 _RESERVED = 2  # position rows that some models never use
 _SECOND = 16_000  # of sound, in samples
 
@@ -185,7 +185,10 @@ def _image_size(config: Any) -> tuple[int, int]:
 def _within_positions(model: nn.Module, length: int) -> int:
     config: Any = getattr(unwrapped(model), "config", None)
     limits = [getattr(config, name, None) for name in _LIMITS]
-    known = [limit - _RESERVED for limit in limits if isinstance(limit, int)]
+    adapters: Mapping[str, Any] = getattr(model, "peft_config", {})
+    prompts = [getattr(adapter, "num_virtual_tokens", None) or 0 for adapter in adapters.values()]
+    taken = _RESERVED + max(prompts, default=0)  # by what comes before an example's own
+    known = [limit - taken for limit in limits if isinstance(limit, int)]
     return max(2, min([length, *known]))
 
 

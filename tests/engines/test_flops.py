@@ -40,8 +40,9 @@ def test_attention_takes_two_and_a_half_times_as_much_backwards() -> None:
     assert counted(backward_of_attention) == 3.5 * forward
 
 
-def test_what_cannot_be_counted_is_none() -> None:
+@pytest.mark.parametrize("error", [RuntimeError, AssertionError])  # both are the counter's own
+def test_what_cannot_be_counted_is_none(error: type[Exception]) -> None:
     def failing() -> None:
-        raise RuntimeError
+        raise error
 
     assert counted(failing) is None

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from peft import PromptTuningConfig, get_peft_model
 from tiny_runs import tiny_bert, trainer_for, weights
 
+from hf_dp.engines.base import trainable_parameters
 from hf_dp.errors import ConfigurationError
 from hf_dp.ledger import LEDGER_NAME
 from hf_dp.training import explaining
@@ -45,6 +47,32 @@ CONFIGURATIONS: dict[str, Any] = {
         patch_size=16,
         architectures=["ViTForImageClassification"],
     ),
+    "whisper": lambda: tf.WhisperConfig(
+        vocab_size=60,
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        num_mel_bins=8,
+        max_target_positions=16,  # shorter than what is asked for
+        pad_token_id=0,
+        decoder_start_token_id=1,
+        architectures=["WhisperForConditionalGeneration"],
+    ),
+    "deberta": lambda: tf.DebertaV2Config(  # torch's counter of operations cannot follow it
+        vocab_size=60,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        relative_attention=True,
+        position_buckets=4,
+        pos_att_type=["p2c", "c2p"],
+        architectures=["DebertaV2ForMaskedLM"],
+    ),
     "headless": lambda: tf.BertConfig(
         vocab_size=60,
         hidden_size=16,
@@ -62,8 +90,8 @@ def test_a_configuration_is_enough(tmp_path: Path, name: str) -> None:
     config.save_pretrained(tmp_path)
     report = explain_configuration(str(tmp_path), length=20)
     model = getattr(tf, config.architectures[0])(config)
-    assert sum(row.count for row in report.rows) == len(list(model.parameters()))
-    assert report.length == (None if name == "vit" else 20)
+    assert sum(row.count for row in report.rows) == len(trainable_parameters(model))
+    assert report.length == (None if name in ("vit", "whisper") else 20)
     assert report.engine == "book_keeping"
 
 
@@ -93,6 +121,13 @@ def test_a_model_that_takes_no_made_up_examples_is_refused(
 def test_lengths_beyond_the_positions_are_cut(tmp_path: Path) -> None:
     report = trainer_for(tmp_path).explain_engine(length=1000)
     assert report.length == 14  # of 16 positions
+
+
+def test_the_positions_of_a_prompt_are_taken(tmp_path: Path) -> None:
+    prompt = PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3)
+    model = get_peft_model(tiny_bert(), prompt)
+    report = trainer_for(tmp_path, model=model).explain_engine()
+    assert report.length == 11  # of 16 positions
 
 
 def test_a_trainer_explains_itself_and_spends_nothing(tmp_path: Path) -> None:
