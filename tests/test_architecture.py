@@ -43,6 +43,7 @@ FLOORS = {
     "training": 5,
     "demo": 5.5,  # uses training as a person would
     "cli": 6,
+    "__main__": 7,
 }
 WITHOUT_TORCH = {"_version", "errors", "_validate", "scale_law", "events", "accounting", "ledger"}
 KNOW_THE_HOST = {"training", "demo"}

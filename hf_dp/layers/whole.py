@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,10 @@ from hf_dp.layers.base import UnitAxis
 from hf_dp.layers.factors import dense, wide
 from hf_dp.layers.randomness import Randomness, kept_randomness
 from hf_dp.layers.repeats import Marks
+
+# vmap runs a kernel that it has no rule for once for each unit; who trains can do nothing about it. Once
+# and for all: a filter around each call would make Python forget which other warnings it has shown.
+warnings.filterwarnings("ignore", "There is a performance drop because we have not yet implemented")
 
 
 class _Forward(nn.Module):

@@ -33,13 +33,19 @@ def resolve_checkpoint(resume: str | os.PathLike[str] | bool | None, output_dir:
     for folder in _newest_first(Path(output_dir)):
         if is_complete(folder):
             return str(folder)
+    if (Path(output_dir) / LEDGER_NAME).exists():
+        why = "The run ended before it saved one; what it released is in its ledger all the same."
+        remedy = "Start anew with DPArguments(ledger='continue'), which counts those releases."
+    else:
+        why = "There is none, nor any ledger of an earlier run."
+        remedy = "Call train() without it, or give the folder of a checkpoint by its name."
     raise ConfigurationError(
         explain(
             "resume_from_checkpoint",
             resume,
             f"a complete checkpoint in {output_dir!r}",
-            "The run ended before it saved one; what it released is in its ledger all the same.",
-            "Start anew with DPArguments(ledger='continue'), which counts those releases.",
+            why,
+            remedy,
         )
     )
 

@@ -37,7 +37,7 @@ from hf_dp.training.checkpoints import resolve_checkpoint
 from hf_dp.training.chosen_noise import num_noised, warn_of_dear_noise
 from hf_dp.training.held_out import refuse_evaluation
 from hf_dp.training.joining import USUAL_FILLS
-from hf_dp.training.lines import Lines, guard
+from hf_dp.training.lines import Lines, guard, without_talk_of_no_examples
 from hf_dp.training.losses import default_loss_ceiling
 from hf_dp.training.memory import MemoryLimit
 from hf_dp.training.ownership import Ownership, announce_users, given_dataset
@@ -204,7 +204,8 @@ class DPTrainerMixin(SettledMixin, ShownMixin):
         warn_of_dear_noise(claim.plan)
         announce_earlier(earlier, self._spending)
         try:
-            return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+            with without_talk_of_no_examples():
+                return super().train(resume_from_checkpoint=checkpoint, **kwargs)
         finally:
             remember(self.model, self._spending)
             self._spending.close()
@@ -261,7 +262,9 @@ class DPTrainerMixin(SettledMixin, ShownMixin):
         spending = self._open_spending()
         if spending.exhausted:
             logger.warning(
-                "hf_dp: stopping at step %d: one more release would pass epsilon = %s (spent: %.4g).",
+                "hf_dp: stopping at step %d: one more release would pass epsilon = %s (spent: %.4g). "
+                "To train longer, plan it from the start: a new trainer with more steps or a larger "
+                "target_epsilon, and another output_dir. On the same data the epsilons add up.",
                 self.state.global_step,
                 spending.claim.target_epsilon,
                 spending.epsilon,

@@ -113,13 +113,6 @@ _REFUSED: tuple[Check, ...] = (
         "Leave it at 'random'; draws are ordered by length inside anyway.",
     ),
     (
-        "dataloader_drop_last",
-        _on,
-        "False",
-        "A Poisson draw has no incomplete batch to drop.",
-        "Leave it at False.",
-    ),
-    (
         "neftune_noise_alpha",
         _on,
         "None",
@@ -238,6 +231,11 @@ def private_copy(args: TrainingArguments) -> TrainingArguments:
             mine.max_grad_norm,
         )
         mine.max_grad_norm = 0.0
+    if mine.dataloader_drop_last:
+        logger.warning(
+            "hf_dp: dataloader_drop_last=True changes nothing in training: a batch that is drawn is never "
+            "incomplete. Evaluation heeds it as ever."
+        )
     if getattr(mine, "include_num_input_tokens_seen", "no") not in ("no", False):
         logger.warning(
             "hf_dp: include_num_input_tokens_seen is switched off: exact token counts are private data."

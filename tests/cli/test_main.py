@@ -78,6 +78,18 @@ def test_the_installed_program_is_this_one() -> None:
     assert "hf-dp = hf_dp.cli.main:main" in text
 
 
+def test_the_package_can_be_run_as_a_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "hf_dp", *EPSILON, "--json"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["epsilon"] == pytest.approx(1.82824, rel=4e-5)
+
+
 def test_help_names_every_subcommand(hf_dp_program: Callable[..., Any]) -> None:
     answer = hf_dp_program("--help")
     assert answer.code == 0

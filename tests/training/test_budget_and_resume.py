@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from hf_dp.errors import (
 )
 from hf_dp.events import NeighboringRelation
 from hf_dp.ledger import LEDGER_NAME, read_ledger
+from hf_dp.training import mixin
 
 SAVING = {"save_strategy": "steps", "save_steps": 2}
 
@@ -179,6 +182,22 @@ def test_a_second_train_on_the_same_trainer_goes_on_spending(tmp_path: Path) -> 
     assert trainer.epsilon > once
 
 
+def test_a_second_train_on_a_spent_target_says_what_to_do(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    trainer = trainer_for(tmp_path, dp={"target_epsilon": 3.0})
+    trainer.train()
+    trainer.train()
+    assert "stopping at step 0" in caplog.text
+    assert "a new trainer with more steps or a larger target_epsilon" in caplog.text
+    assert "single sample" not in caplog.text, "the host's, who knows of no budget"
+    assert releases(tmp_path) == 6
+    monkeypatch.setattr(mixin, "without_talk_of_no_examples", contextlib.nullcontext)
+    trainer.train()
+    assert "single sample" in caplog.text, "heard, were it said"
+
+
 @pytest.mark.parametrize(
     ("changes", "names"),
     [
@@ -241,7 +260,10 @@ def test_resume_skips_a_checkpoint_that_was_not_written_to_its_end(tmp_path: Pat
 
 
 def test_resume_without_a_checkpoint_says_how_to_go_on(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="continue"):
+    with pytest.raises(ConfigurationError, match="There is none, nor any ledger"):
+        trainer_for(tmp_path).train(resume_from_checkpoint=True)
+    trainer_for(tmp_path).train()
+    with pytest.raises(ConfigurationError, match=r"ended before it saved one.*continue"):
         trainer_for(tmp_path).train(resume_from_checkpoint=True)
 
 

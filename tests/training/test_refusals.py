@@ -39,7 +39,6 @@ from hf_dp.training.refusals import refuse_options
         ("skip_memory_metrics", False),
         ("train_sampling_strategy", "group_by_length"),
         ("train_sampling_strategy", "sequential"),
-        ("dataloader_drop_last", True),
         ("neftune_noise_alpha", 5.0),
         ("optim", "lomo"),
         ("optim", "adalomo"),
@@ -77,7 +76,6 @@ def test_training_arguments_that_would_break_the_guarantee(
         {"train_sampling_strategy": "group_by_length"},
         {"neftune_noise_alpha": 5.0},
         {"optim": "galore_adamw_layerwise"},
-        {"dataloader_drop_last": True},
         {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
     ],
     ids=lambda options: next(iter(options)),
@@ -235,6 +233,18 @@ def test_token_counts_are_switched_off_aloud(
     trainer.train()
     assert "include_num_input_tokens_seen is switched off" in caplog.text
     assert not any("num_input_tokens_seen" in line for line in trainer.state.log_history)
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_no_draw_is_left_out_for_its_size(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, value: bool
+) -> None:
+    host = {"dataloader_drop_last": value, "max_steps": -1, "num_train_epochs": 1}
+    seven = {"per_device_train_batch_size": 7, "gradient_accumulation_steps": 1}  # of 40 examples
+    trainer = trainer_for(tmp_path, host={**host, **seven})
+    trainer.train()
+    assert trainer.state.global_step == 6
+    assert ("dataloader_drop_last=True changes nothing" in caplog.text) == value
 
 
 @pytest.mark.parametrize(
