@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 # With fewer trainable parameters, as with adapters, book-keeping keeps next to nothing.
 _MOSTLY_TRAINED = 0.1
+_NAMED = 3  # parameters in a message
 
 
 class AutomaticEngine(GradientEngine):
@@ -86,10 +87,13 @@ class AutomaticEngine(GradientEngine):
             summed = summed_by(one_by_one)  # what fails here, too, is no reason to go on like this
             if not self._proved:
                 self._take(one_by_one, refused)
-        if not self._proved and _runs_the_model_again(engine, model):
+        if not self._proved and (names := _whole_model_s(engine, model)):
+            more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
             self._take(
                 SequentialEngine(),
-                "parameters that only the whole model answers for, which cannot be vectorised",
+                f"parameters {names[:_NAMED]}{more}, which only the whole model answers for: it cannot be "
+                "vectorised. For speed freeze them, or use them in a small module of their own, whose "
+                "forward is given tensors with one row for each example.",
             )
         self._proved = True
         return summed
@@ -117,12 +121,19 @@ def _told(reason: Exception) -> str:
     return f"the model, or what it calls, raised a {type(reason).__name__} under taps"
 
 
-def _runs_the_model_again(engine: GradientEngine, model: nn.Module) -> bool:
-    """Whether some parameter makes the whole model run again, example by example, in each backward."""
+def _whole_model_s(engine: GradientEngine, model: nn.Module) -> list[str]:
+    """Parameters that make the whole model run again, example by example, in each backward."""
     if not isinstance(engine, BookKeepingEngine | TwoPassEngine):
-        return False
-    whole = (p.generic for p in engine.recorder.coverage(model).points if not p.name)
-    return any(g is not None and g.forms & {"one by one", "recomputed"} for g in whole)
+        return []
+    coverage = engine.recorder.coverage(model)
+    again = [
+        point
+        for point in coverage.points
+        if not point.name
+        and point.generic is not None
+        and point.generic.forms & {"one by one", "recomputed"}
+    ]
+    return coverage.names_of(p for point in again for p in point.parameters)
 
 
 def keeps_too_much(model: nn.Module) -> bool:

@@ -17,8 +17,15 @@ from hf_dp.training.made_up import MadeUpRows, attempts, each_alone
 from hf_dp.training.own_forward import has_library_loss
 from hf_dp.training.padding import padding_matters
 from hf_dp.training.positions import axis_of
+from hf_dp.training.tasks import unwrapped
 
 logger = logging.getLogger(__name__)
+
+_SPEC_AUGMENT_SHARES = ("mask_time_prob", "mask_feature_prob")
+_SPEC_AUGMENT = (
+    " One cause here: this model's SpecAugment masks by the lengths of a whole batch. "
+    "model.config.apply_spec_augment = False switches it off."
+)
 
 
 @dataclass(frozen=True)
@@ -104,8 +111,8 @@ def _chosen(
     return Choice(loss, False, padding_matters(loss, model, rows, padding_id), description, rows)
 
 
-def announce(choice: Choice) -> None:
-    """Say which loss is used, and aloud where it makes training slow."""
+def announce(choice: Choice, model: nn.Module) -> None:
+    """Say which loss of `model` is used, and aloud where it makes training slow."""
     logger.info("hf_dp: loss of each example: %s", choice.description)
     if choice.is_definition:
         logger.warning(
@@ -118,8 +125,16 @@ def announce(choice: Choice) -> None:
             "hf_dp: on made-up examples the loss of one changes with its neighbours or their padding (or "
             "it could not be tried), so every example is collated by itself: exact, but as slow as "
             "training with batches of one. For speed let the model use attention_mask, and the collator "
-            "the model's padding token."
+            "the model's padding token.%s",
+            _SPEC_AUGMENT if _masks_sound(model) else "",
         )
+
+
+def _masks_sound(model: nn.Module) -> bool:
+    """Whether SpecAugment is on, as in most speech models of transformers."""
+    config: Any = getattr(unwrapped(model), "config", None)
+    asked_for = getattr(config, "apply_spec_augment", False)
+    return asked_for and any(getattr(config, name, 0) > 0 for name in _SPEC_AUGMENT_SHARES)
 
 
 def _rows(

@@ -95,7 +95,7 @@ class SettledMixin(_Host):
             )
             if self._choice.is_definition and self.dp_args.preflight:
                 refuse_lost_weights(self.model, self._choice.rows, self._compute_loss_of)
-        announce(self._choice)
+        announce(self._choice, self.model)
         if self._choice.is_definition and self._set_aside is None:
             self._set_aside, self.engine = self.engine, SequentialEngine()
         elif not self._choice.is_definition and self._set_aside is not None:

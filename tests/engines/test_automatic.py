@@ -145,7 +145,8 @@ def test_where_only_the_whole_model_answers_one_by_one_no_detour_is_made(
             found = chosen_sum(engine, model, data())
             assert_same_sum(found, naive(model, data(), C, squares), 1e-12)
     assert isinstance(engine.chosen, SequentialEngine)
-    assert "only the whole model answers for" in caplog.messages[0]
+    assert "parameters ['first.weight'], which only the whole model answers" in caplog.messages[0]
+    assert "a small module of their own" in caplog.messages[0]
     assert len(caplog.messages) == 1
 
 

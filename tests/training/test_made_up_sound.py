@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from hf_dp import clipped_sum
 from hf_dp.training import positions
-from hf_dp.training.choice import Choice, choose
+from hf_dp.training.choice import Choice, announce, choose
 from hf_dp.training.made_up import LENGTHS, each_alone, made_up_rows
 from hf_dp.training.padding import padding_matters
 
@@ -55,6 +55,19 @@ def wav2vec2(norm: str, family: str = "Wav2Vec2", **more: Any) -> nn.Module:
 def test_sound_whose_padding_is_read_is_taken_one_example_at_a_time(norm: str, family: str) -> None:
     """Group norm's statistics are taken over the padding, mask or not."""
     assert chosen(wav2vec2(norm, family), sound()).alone is (norm == "group")
+
+
+def test_spec_augment_is_named_and_the_switch_is_right(caplog: pytest.LogCaptureFixture) -> None:
+    model: Any = wav2vec2("layer", mask_time_prob=0.3, mask_time_length=2)
+    choice = chosen(model, sound())
+    announce(choice, model)
+    assert choice.alone
+    assert "model.config.apply_spec_augment = False switches it off" in caplog.text
+    model.config.apply_spec_augment = False
+    assert not chosen(model, sound()).alone
+    caplog.clear()
+    announce(choice, model)
+    assert "SpecAugment" not in caplog.text
 
 
 def test_the_fault_of_trying_no_padding_but_that_of_text_would_be_seen(
