@@ -14,9 +14,11 @@ from hf_dp.engines.coverage import Coverage
 from hf_dp.engines.formula_tap import FormulaTap
 from hf_dp.engines.rows import tensors_in
 from hf_dp.engines.sharded import Ranks
-from hf_dp.engines.tap import PointTap, Recording, set_requires_grad
+from hf_dp.engines.tap import OwnBackwardError, PointTap, Recording, set_requires_grad
 from hf_dp.engines.whole_tap import WholeTap
 from hf_dp.errors import ConfigurationError
+
+_NO_GRADIENT = "does not require grad"  # as torch words it
 
 _TAPPED: WeakSet[nn.Module] = WeakSet()  # models whose forward pass is being recorded
 
@@ -67,3 +69,14 @@ def _note_way_around(
 def _is_checkpointed(module: nn.Module) -> bool:
     """Whether the module's own forward is a checkpoint, as that of transformers' layers can be."""
     return module.training and getattr(module, "gradient_checkpointing", False) is True
+
+
+@contextlib.contextmanager
+def told_of_own_backward() -> Iterator[None]:
+    """A model is looked over without gradients, too, and foreign code may want some."""
+    try:
+        yield
+    except RuntimeError as error:
+        if _NO_GRADIENT not in str(error):
+            raise
+        raise OwnBackwardError from None

@@ -138,6 +138,7 @@ class Coverage:
             among others were compared with the same alone.
         refused: Those with which they differed, and what was said then.
         whole: Those for which taps saw all of each gradient.
+        called: Modules that losses call beside the model: parts of it.
         tried: The modules whose rules rest on what they were set to, and what that was.
     """
 
@@ -156,6 +157,7 @@ class Coverage:
     compared: set[Hashable] = field(default_factory=set)
     refused: dict[Hashable, str] = field(default_factory=dict)
     whole: set[Hashable] = field(default_factory=set)
+    called: set[nn.Module] = field(default_factory=set)
     made_of: tuple[list[Any], ...] = field(init=False)
     tried: list[tuple[nn.Module, State]] = field(init=False)
 

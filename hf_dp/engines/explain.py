@@ -20,6 +20,7 @@ from hf_dp.clipping.flat import FlatClipping
 from hf_dp.engines.base import ExampleLoss, GradientEngine, trainable_parameters
 from hf_dp.engines.coverage import Coverage, TapPoint
 from hf_dp.engines.flops import counted
+from hf_dp.engines.given_losses import with_own_batches
 from hf_dp.engines.rows import batch_size
 from hf_dp.engines.undisturbed import undisturbed
 from hf_dp.events import Norm
@@ -164,6 +165,7 @@ def explain_engine(
     Raises:
         UncoveredParameterError: The engine does not cover the model.
     """
+    example_loss = with_own_batches(example_loss)
     with undisturbed(model):
         clipping = FlatClipping(1.0, norm)
 

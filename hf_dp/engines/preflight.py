@@ -21,6 +21,7 @@ from hf_dp.clipping.base import ClippingPolicy
 from hf_dp.clipping.loss import LossRelease
 from hf_dp.engines.base import ExampleLoss, GradientEngine, is_out_of_memory
 from hf_dp.engines.coupling import check_coupling
+from hf_dp.engines.given_losses import with_own_batches
 from hf_dp.engines.owners import Owners
 from hf_dp.engines.rows import batch_size, select_rows
 from hf_dp.engines.sequential import SequentialEngine
@@ -76,6 +77,7 @@ def preflight(
         UncoveredParameterError: A parameter is not covered, or its gradient comes out wrong.
         PrivacyError: One example moves the sum by more than the sensitivity.
     """
+    example_loss = with_own_batches(example_loss)
     engine.prepare(model)  # what is recognised must be what trains, dropout included
     with undisturbed(model):
         if draws(lambda: example_loss(model, alone[0])):

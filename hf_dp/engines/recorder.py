@@ -12,12 +12,13 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 from hf_dp.engines.alone_again import Ends
-from hf_dp.engines.attach import recording
+from hf_dp.engines.attach import recording, told_of_own_backward
 from hf_dp.engines.attribution import Proof
 from hf_dp.engines.base import ExampleLoss, checked_losses
 from hf_dp.engines.by_content import Graph, Kinds, hooks_on_gradients
 from hf_dp.engines.coverage import Coverage, coverage_of
 from hf_dp.engines.familiar import is_from_library, still_familiar
+from hf_dp.engines.given_losses import refuse_own_draws, watched_draws
 from hf_dp.engines.own_losses import watched
 from hf_dp.engines.owners import Owners
 from hf_dp.engines.precision import full_precision
@@ -25,15 +26,13 @@ from hf_dp.engines.reentrant import refuse_reentrant
 from hf_dp.engines.rows import batch_size
 from hf_dp.engines.settle import check_folds, compare_mates, learn_what_grows, settle
 from hf_dp.engines.sharded import first_rows, is_sharded, left_in_shards
-from hf_dp.engines.tap import Call, OwnBackwardError, Recording, UsedOutsideError
+from hf_dp.engines.tap import Call, Recording, UsedOutsideError
 from hf_dp.engines.together import Alike, Group, Waiting
 from hf_dp.engines.whole_tap import whole_call
 from hf_dp.errors import UncoveredParameterError
 from hf_dp.layers.base import FIRST, LayerRules
 from hf_dp.layers.factors import Factor, Vec, combine
 from hf_dp.layers.randomness import Randomness, kept_randomness
-
-_NO_GRADIENT = "does not require grad"  # as torch words it
 
 OnFactor = Callable[[str, Factor], None]
 """``on_factor(name, factor)`` takes the whole gradient of one parameter, for every unit."""
@@ -78,14 +77,16 @@ class Recorder:
             UncoveredParameterError: Some gradient cannot be told apart by example.
             ConfigurationError: Examples influence one another; on the way out of the context, too.
         """
-        with _told_of_own_backward():
+        with told_of_own_backward():
             coverage = self._settled(model, inputs, example_loss)
         with recording(coverage, batch_size(inputs)) as record:
-            passed, ends = _run(record, coverage, model, inputs, example_loss, owners)
+            passed, ends, start = _run(record, coverage, model, inputs, example_loss, owners)
             yield passed
         if ends is None:
             return
-        with _told_of_own_backward(), left_in_shards(model):
+        with told_of_own_backward(), left_in_shards(model):
+            if record.ranks.any(start is not None):
+                coverage.called |= refuse_own_draws(model, inputs, example_loss, start=start)
             if record.ranks.any(ends.show()):
                 compare_mates(model, inputs, coverage, example_loss, again=True)
 
@@ -118,17 +119,6 @@ class Recorder:
         return coverage
 
 
-@contextlib.contextmanager
-def _told_of_own_backward() -> Iterator[None]:
-    """A model is looked over without gradients, too, and foreign code may want some."""
-    try:
-        yield
-    except RuntimeError as error:
-        if _NO_GRADIENT not in str(error):
-            raise
-        raise OwnBackwardError from None
-
-
 def _run(
     record: Recording,
     coverage: Coverage,
@@ -136,12 +126,13 @@ def _run(
     inputs: Mapping[str, Any],
     example_loss: ExampleLoss,
     owners: Owners | None,
-) -> tuple[Pass, Ends | None]:
+) -> tuple[Pass, Ends | None, Randomness | None]:
+    """The last is how generators were, if the loss may have drawn from them itself."""
     num_units = record.num_units
     own = not is_from_library(example_loss)
     device = next(iter(coverage.parameters.values())).device
-    before = Randomness.now(device) if own or coverage.foreign else None
-    with hooks_on_gradients() as hooks, watched(model) as calls:
+    watching = watched_draws(device, coverage.called) if own else watched_draws(device)
+    with hooks_on_gradients() as hooks, watched(model) as calls, watching as draws:
         losses = checked_losses(example_loss(model, inputs), num_units)
     if record.without:
         refuse_reentrant(losses)
@@ -150,18 +141,17 @@ def _run(
     record.tell()
     passed = Pass(coverage, record, losses, owners)
     if num_units < 2:
-        return passed, None
+        return passed, None, None
     ends: Ends | None = None
     strange = bool(hooks or coverage.foreign) or not still_familiar(model)
     if record.ranks.any(strange or own):
-        drawn = before is None or not Randomness.now(device).same(before)
         known = [] if strange else calls.unchanged()
-        ends = Ends(model, inputs, example_loss, losses, known, drawn=drawn, ranks=record.ranks)
+        ends = Ends(model, inputs, example_loss, losses, known, drawn=draws.any, ranks=record.ranks)
     if losses.requires_grad:
         if own and not strange:
             strange = not calls.prove(losses)
         passed.prepare_proof(losses, strange=strange)
-    return passed, ends
+    return passed, ends, draws.start if own and draws.outside else None
 
 
 class Pass:

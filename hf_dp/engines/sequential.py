@@ -21,6 +21,7 @@ from hf_dp.engines.base import (
     released_losses,
     trainable_parameters,
 )
+from hf_dp.engines.given_losses import with_own_batches
 from hf_dp.engines.owners import Owners, checked_owners
 from hf_dp.engines.powers import norms_of, power_sums
 from hf_dp.engines.precision import full_precision
@@ -64,6 +65,7 @@ class SequentialEngine(GradientEngine):
         refuse_without_gradients()
         refuse_sharded(model, self.name, "One rank's examples would be run on all of them.")
         checked_owners(owners, inputs)
+        example_loss = with_own_batches(example_loss)
         owners = owners or Owners((1,) * batch_size(inputs))
         summed = empty_sum(model, loss_release)
         for unit in _units(inputs, owners):

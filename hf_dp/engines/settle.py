@@ -15,6 +15,8 @@ from hf_dp.engines.axes import establish_axes, unexplained
 from hf_dp.engines.base import ExampleLoss, checked_losses, is_out_of_memory
 from hf_dp.engines.by_content import Graph, Twins
 from hf_dp.engines.coverage import Coverage, LayoutUnknownError, NotTappableError, TapPoint
+from hf_dp.engines.familiar import is_from_library
+from hf_dp.engines.given_losses import refuse_own_draws
 from hf_dp.engines.loss_keys import code_of
 from hf_dp.engines.mates import check_mates
 from hf_dp.engines.precision import full_precision
@@ -23,7 +25,7 @@ from hf_dp.engines.rows import batch_size, select_rows
 from hf_dp.engines.sharded import first_rows, is_sharded
 from hf_dp.engines.tap import Call, UsedOutsideError
 from hf_dp.engines.whole_tap import NoOutputAxisError, whole_call
-from hf_dp.errors import ConfigurationError, HfDpError
+from hf_dp.errors import ConfigurationError, HfDpError, UncoveredParameterError, explain
 from hf_dp.layers.randomness import kept_randomness
 from hf_dp.layers.recognise import is_on_probation, still_computes
 from hf_dp.layers.repeats import UnrepeatedError
@@ -31,6 +33,23 @@ from hf_dp.layers.repeats import UnrepeatedError
 _TWINS = (2, 3)  # examples
 _MOST_LOOKS = 8  # a model that goes more ways than this is proved every time on those
 _UNCHANGED = 2e-2  # losses with and without taps: rounding in any dtype
+
+
+class ChangedLossesError(UncoveredParameterError):
+    """A loss or model did not compute the same twice."""
+
+    def __init__(self) -> None:
+        """Nothing of a batch is named."""
+        super().__init__(
+            explain(
+                "example_loss",
+                "other losses when the same examples are run again",
+                "the same losses for the same examples and the same states of the global generators",
+                "Nobody can tell then whose gradient is whose.",
+                "Draw from the global generators of torch, NumPy or Python only, keep nothing from one "
+                "call to the next, or use engine='sequential'.",
+            )
+        )
 
 
 def settle(
@@ -54,7 +73,28 @@ def settle(
 
     Raises:
         UncoveredParameterError: A parameter climbed past the model itself.
+        ConfigurationError: That is so since examples influence one another.
     """
+    try:
+        _settle(model, inputs, coverage, example_loss, deep=deep)
+    except ConfigurationError:
+        raise
+    except Exception as error:
+        if batch_size(inputs) > 1 and not (is_sharded(model) or is_out_of_memory(error)):
+            if not is_from_library(example_loss):
+                refuse_own_draws(model, inputs, example_loss)
+            compare_mates(model, inputs, coverage, example_loss)
+        raise
+
+
+def _settle(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    coverage: Coverage,
+    example_loss: ExampleLoss,
+    *,
+    deep: bool,
+) -> None:
     units = batch_size(inputs)
     few = select_rows(inputs, range(units if deep else min(units, 2)))
     device = next(iter(coverage.parameters.values())).device
@@ -136,10 +176,9 @@ def _climbed_in_trial(
         except NotTappableError as error:
             _climb_or_repeat(coverage, error)
             return True
-        except HfDpError:
-            raise
         except Exception as error:
-            if is_out_of_memory(error) or not _climbed_from_shared(coverage):
+            told = isinstance(error, HfDpError) and not isinstance(error, ChangedLossesError)
+            if told or is_out_of_memory(error) or not _climbed_from_shared(coverage):
                 raise
             return True
     return False
@@ -201,7 +240,7 @@ def _trial(
         anchor = record.anchor
         losses = example_loss(model, few)
         if not _same(losses.detach(), plain):
-            raise RuntimeError("the losses changed under taps")
+            raise ChangedLossesError
         prove(record, losses, hidden=False)
         record.backward(losses, try_out)
 

@@ -22,6 +22,7 @@ from hf_dp.engines.base import (
     trainable_parameters,
 )
 from hf_dp.engines.coverage import NotTappableError
+from hf_dp.engines.given_losses import with_own_batches
 from hf_dp.engines.lost import refuse_lost
 from hf_dp.engines.owners import Owners, checked_owners
 from hf_dp.engines.recorder import Recorder
@@ -61,6 +62,7 @@ class VectorisedEngine(GradientEngine):
     ) -> ClippedSum:
         refuse_without_gradients()
         checked_owners(owners, inputs)
+        example_loss = with_own_batches(example_loss)
         self._check(model, inputs, owners)
         if batch_size(inputs) == 0:
             return empty_sum(model, loss_release)

@@ -22,6 +22,7 @@ from hf_dp.accounting.base import Accountant
 from hf_dp.coins import Coins, SecretCoins
 from hf_dp.engines import ExampleLoss, engine_named
 from hf_dp.engines.base import trainable_parameters
+from hf_dp.engines.given_losses import with_own_batches
 from hf_dp.errors import PrivacyError
 from hf_dp.layers import DEFAULT_LAYER_RULES, LayerRules
 from hf_dp.plan import PrivacyPlan
@@ -119,7 +120,7 @@ class DPTrainerMixin(SettledMixin, ShownMixin):
         self.engine = engine_named(self.dp_args.engine, layer_rules)
         self._set_aside = None
         self._given_plan = plan
-        self._given_loss = example_loss
+        self._given_loss = example_loss and with_own_batches(example_loss)
         self._choice = None
         self._claim: Claim | None = None
         self._schedule: Schedule | None = None

@@ -165,9 +165,9 @@ def test_layers_answered_for_one_by_one_would_be_seen(monkeypatch: pytest.Monkey
 
 
 def test_a_foreign_loss_costs_passes_through_itself_alone() -> None:
-    """Two backward, and three forward and backward on a row or two."""
+    """Two backward, and three forward and backward on a row or two, each with a copy of its batch."""
     plain, ours = costs(Case("gpt2", 64, 16, 2, layers=6))
-    assert ours.kernels < 1.5 * plain.kernels + 170
+    assert ours.kernels < 1.5 * plain.kernels + 180
     assert ours.flops < 1.3 * plain.flops
 
 

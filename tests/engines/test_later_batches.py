@@ -66,9 +66,14 @@ def test_one_example_that_changes_what_is_done_with_its_batch_is_noticed(
 
 
 class BytesToo(Net):
-    """A model of one's own that does what `to_unit` does."""
+    """A model of one's own that does what `to_unit` does, and drops a share of what it is given."""
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(share)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = self.dropout(x)
         found: Tensor = super().forward(x / 255 if bool(x.max() > 10) else x)
         return found
 
@@ -76,9 +81,9 @@ class BytesToo(Net):
 @pytest.mark.parametrize("share", [0.0, 0.3])
 def test_a_model_that_does_so_is_noticed_among_all_others(share: float) -> None:
     def loss(model: nn.Module, inputs: Batch) -> Tensor:
-        return crossed(model, F.dropout(inputs["x"], share), inputs)
+        return crossed(model, inputs["x"], inputs)
 
-    model, engine, later = BytesToo(), engine_named("auto"), batch()
+    model, engine, later = BytesToo(share).train(), engine_named("auto"), batch()
     summed(engine, model, loss)
     later["x"][2] = 200.0
     with pytest.raises(ConfigurationError, match="batch mates"):
