@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_dp.errors import ConfigurationError
 from hf_dp.ledger import LEDGER_NAME
-from hf_dp.reports.markdown import privacy_section
+from hf_dp.reports.markdown import with_privacy
 from hf_dp.reports.report import PrivacyReport
 from hf_dp.training.arguments import DPArguments
 from hf_dp.training.held_out import refuse_evaluation
@@ -64,12 +64,12 @@ class ShownMixin(_Host):
         super().save_model(output_dir, _internal_call=_internal_call)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """The host's model card, followed by what is guaranteed."""
+        """The host's model card, with what is guaranteed below its title and at its end."""
         super().create_model_card(*args, **kwargs)
         card = Path(self.args.output_dir) / "README.md"
         if self.is_world_process_zero() and self._spending is not None:
-            with card.open("a", encoding="utf-8") as file:
-                file.write("\n" + privacy_section(self.privacy_report()))
+            text = card.read_text(encoding="utf-8")
+            card.write_text(with_privacy(text, self.privacy_report()), encoding="utf-8")
 
     def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: every trial spends privacy, and their total is not accounted for."""

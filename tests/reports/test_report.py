@@ -16,7 +16,7 @@ from hf_dp.errors import ConfigurationError, LedgerCorruptError, LedgerError
 from hf_dp.events import Gaussian, NeighboringRelation, NonPrivate, PoissonSampledContributions
 from hf_dp.ledger import LEDGER_NAME, Ledger
 from hf_dp.noise import GaussianNoise
-from hf_dp.reports.markdown import privacy_section
+from hf_dp.reports.markdown import privacy_section, with_privacy
 from hf_dp.sampling import PoissonSampling
 
 PLAN = PrivacyPlan(
@@ -139,8 +139,36 @@ def test_the_section_of_a_model_card_is_a_table_that_renders(tmp_path: Path) -> 
     rows = [line for line in section.splitlines() if line.startswith("|")]
     assert all(row.count("|") == 3 for row in rows)
     assert "| Releases | 40 of 100 planned |" in rows
+    assert "| Randomness | operating system; no seed brings draws or noise back |" in rows
     assert report.run_id in section
     assert section.endswith("\n")
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("---\n# of the host\ntags:\n- a\n---\n\n# tiny\n", "\nText.\n# Another\n"),
+        ("# tiny", ""),
+    ],
+)
+def test_a_card_says_below_its_title_what_its_section_begins_with(
+    tmp_path: Path, before: str, after: str
+) -> None:
+    write(tmp_path)
+    report = PrivacyReport.from_ledger(tmp_path)
+    card = with_privacy(before + after, report)
+    section = privacy_section(report)
+    claim = section[section.index("**ε ≤") : section.index("upper bound).")]
+    assert card.startswith(f"{before.rstrip()}\n\nDifferential privacy: {claim}")
+    assert card.endswith(after + "\n" + section)
+
+
+def test_a_card_without_title_gets_the_section(tmp_path: Path) -> None:
+    write(tmp_path)
+    report = PrivacyReport.from_ledger(tmp_path)
+    assert with_privacy("---\n# tags\n---\nText.", report) == "---\n# tags\n---\nText.\n" + (
+        privacy_section(report)
+    )
 
 
 @pytest.mark.parametrize("coins", ["fixed generator: not private", None])
@@ -151,7 +179,8 @@ def test_without_secret_coins_every_form_says_not_private(
     report = PrivacyReport.from_ledger(tmp_path)
     assert str(report).startswith("NOT PRIVATE")
     assert "**NOT PRIVATE**" in privacy_section(report)
-    assert "ε ≤" not in privacy_section(report)
+    assert "ε ≤" not in with_privacy("# tiny", report)
+    assert "no seed" not in privacy_section(report)
     assert report.to_json()["is_private"] is False
 
 

@@ -142,7 +142,9 @@ def test_weights_and_biases_offline_has_epsilon(
         time.sleep(0.05)
 
 
-def test_the_model_card_ends_with_what_is_guaranteed(tmp_path: Path) -> None:
+def test_the_model_card_says_what_is_guaranteed_below_its_title_and_at_its_end(
+    tmp_path: Path,
+) -> None:
     trainer = trainer_for(
         tmp_path, host={"eval_strategy": "steps", "eval_steps": 3}, eval_dataset=HELD_OUT
     )
@@ -152,7 +154,10 @@ def test_the_model_card_ends_with_what_is_guaranteed(tmp_path: Path) -> None:
         card = (tmp_path / "README.md").read_text(encoding="utf-8")
         assert card.startswith("---"), "the host's part is there"
         assert card.count("## Differential privacy") == 1
-    assert f"**ε ≤ {rounded_up(trainer.epsilon)} at δ = {rounded_up(40**-1.1)}**" in card
+    claim = f"**ε ≤ {rounded_up(trainer.epsilon)} at δ = {rounded_up(40**-1.1)}**"
+    assert f"\n# tiny\n\nDifferential privacy: {claim}" in card
+    assert card.count(claim) == 2
+    assert "no seed brings draws or noise back" in card, "the host prints one of its own"
     assert "PoissonSampling(sampling_probability=0.2)" in card
     assert "6 of 6 planned" in card
     results = next(line for line in card.splitlines() if line.startswith("| Training Loss"))
