@@ -28,6 +28,7 @@ _PLACE = ("epoch", "step")  # in every line, and nothing by themselves
 _PUBLIC = frozenset({"learning_rate", "epsilon", "delta", *_LOSSES, *_TIMES, *_PLACE})
 _HOSTS_OWN = frozenset({"grad_norm", "total_flos"})  # in every line, and missed by nobody
 _VOUCHED = "public/"
+_OF_TRAINING = "_num_tokens"  # TRL's count of what was trained on, in evaluation's lines too
 _NO_EXAMPLES = "There seems not to be a single sample in your epoch_iterator"
 
 
@@ -204,7 +205,8 @@ class Lines:
             return True
         if self.everything:
             return name not in _HOSTS_OWN
-        return prefix is not None and name.startswith(f"{prefix}_")
+        of_training = name.endswith(_OF_TRAINING)
+        return prefix is not None and name.startswith(f"{prefix}_") and not of_training
 
     def _is_of_training(self, logs: dict[str, Any]) -> bool:
         """Whether the host logs steps, or the end of training, rather than an evaluation."""

@@ -17,6 +17,7 @@ from hf_dp.engines.familiar import is_from_library
 from hf_dp.training.tasks import unwrapped
 
 _TARGETS = frozenset({"labels", "start_positions", "end_positions"})
+_FUSED_HEADS = "trl.trainer.utils"
 _OF_THE_CONFIGURATION = (
     *("problem_type", "num_labels", "loss_type", "output_router_logits", "router_aux_loss_coef"),
     *("label_smoothing", "classifier_dropout", "pad_token_id"),
@@ -68,7 +69,18 @@ def _is_a_librarys(module: nn.Module) -> bool:
 
 def _forward(module: nn.Module) -> Callable[..., Any]:
     found: Callable[..., Any] = vars(module).get("forward", type(module).forward)
-    return found
+    return _below_fused_head(found)
+
+
+def _below_fused_head(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward that TRL's fused head stands before, which runs wherever that head is not asked for."""
+    function = getattr(forward, "__func__", forward)
+    if getattr(function, "__globals__", {}).get("__name__") != _FUSED_HEADS:
+        return forward
+    below: Callable[..., Any] = inspect.getclosurevars(function).nonlocals.get(
+        "original_forward", forward
+    )
+    return below
 
 
 def _loss_function(module: nn.Module) -> object:

@@ -38,6 +38,7 @@ else:
     _Host = object
 
 _TRUSTED_HOSTS = ("transformers", "trl")  # whose compute_loss is what their models compute
+_GATHERED = "_metrics"  # where TRL's compute_loss puts figures for the next lines of the log
 
 
 class SettledMixin(_Host):
@@ -66,6 +67,7 @@ class SettledMixin(_Host):
         Anew for each run: model, data, collator and loss may be others than in the last.
         """
         own = type(self).compute_loss.__module__.partition(".")[0] in _TRUSTED_HOSTS
+        gathered = copy.deepcopy(vars(self).get(_GATHERED))
         with (
             self._lines.silent(),
             self.coins.for_library_code(),
@@ -95,6 +97,8 @@ class SettledMixin(_Host):
             )
             if self._choice.is_definition and self.dp_args.preflight:
                 refuse_lost_weights(self.model, self._choice.rows, self._compute_loss_of)
+        if gathered is not None:  # without figures of made-up examples
+            self.__dict__[_GATHERED] = gathered
         announce(self._choice, self.model)
         if self._choice.is_definition and self._set_aside is None:
             self._set_aside, self.engine = self.engine, SequentialEngine()

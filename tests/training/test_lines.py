@@ -220,6 +220,45 @@ def test_evaluation_shows_what_has_its_prefix(tmp_path: Path) -> None:
     assert set(line) == {"eval_exact_match", "epoch", "step"}
 
 
+class CountingTrainer(Trainer):
+    """Counts tokens of training, and gathers figures of every loss, the way TRL's SFTTrainer does."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._metrics: dict[str, list[float]] = {"entropy": []}
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        self._metrics["entropy"].append(0.0)
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    compute_loss.__module__ = "trl.trainer"
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "eval_loss" in logs:
+            logs |= {"eval_num_tokens": 123, "eval_calls": len(self._metrics["entropy"])}
+        super().log(logs, start_time)
+
+
+class DPCountingTrainer(DPTrainerMixin, CountingTrainer):
+    """The mixin in front of it."""
+
+
+def test_evaluation_shows_neither_tokens_of_training_nor_what_made_up_examples_gave(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = trainer_for(
+        tmp_path,
+        cls=DPCountingTrainer,
+        eval_dataset=Sentences(4, seed=1),
+        host={"max_steps": 1, "eval_strategy": "steps", "eval_steps": 1},
+    )
+    trainer.train()
+    (line,) = [line for line in trainer.state.log_history if "eval_loss" in line]
+    assert line["eval_calls"] == 1, "one batch of evaluation"
+    assert "eval_num_tokens" not in line
+    assert "left out of the log: 'eval_num_tokens'" in caplog.text
+
+
 def test_a_handler_that_is_put_there_later_is_guarded(tmp_path: Path) -> None:
     trainer = trainer_for(tmp_path, cls=AddingAbove, host={"max_steps": 1})
     handler = trainer.callback_handler

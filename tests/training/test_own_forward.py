@@ -81,6 +81,32 @@ def test_a_loss_function_that_is_put_there_later_is_noticed() -> None:
     assert is_right(model, inputs, engine)
 
 
+FUSED = """
+import functools, types
+def add_fused_lm_head(model):
+    original_forward = model.forward
+    @functools.wraps(type(model).forward)
+    def _fused_forward(self, *args, fused_lm_head=False, **kwargs):
+        return original_forward(*args, **kwargs)
+    model.forward = types.MethodType(_fused_forward, model)
+"""
+
+
+@pytest.mark.parametrize("name", ["trl.trainer.utils", "mine"])
+def test_behind_the_head_that_trl_adds_the_forward_that_it_stands_before_counts(name: str) -> None:
+    code: dict[str, Any] = {"__name__": name}
+    exec(FUSED, code)
+    model, own = build("llama"), Masked(build("llama").config)
+    given = build("llama")
+    given.forward = lambda labels=None, **inputs: LlamaForCausalLM.forward(given, **inputs)
+    before = state_of_loss(model)
+    for one in (model, own, given):
+        code["add_fused_lm_head"](one)
+    assert has_library_loss(model) == (state_of_loss(model) == before) == (name != "mine")
+    assert not has_library_loss(own)
+    assert not has_library_loss(given)
+
+
 def test_settings_that_change_a_loss_ask_for_another_choice() -> None:
     model = build("bert")
     before = state_of_loss(model)
