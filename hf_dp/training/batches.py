@@ -134,6 +134,7 @@ class LogicalBatchCollator:
         max_tokens: Examples times longest length in memory at once, at most, in place of
             `micro_batch_size`; an example longer than that is a micro-batch by itself.
         fills: What shorter examples are filled up with, by column.
+        closing: A token of which examples that are taken together must have as many; None for none.
     """
 
     collator: Collator
@@ -141,12 +142,13 @@ class LogicalBatchCollator:
     length_key: str
     max_tokens: int | None = None
     fills: Fills = field(default_factory=lambda: USUAL_FILLS)
+    closing: int | None = None
 
     def __call__(self, examples: list[Any]) -> LogicalBatch:
         """Collate one draw; an empty one gives no micro-batch."""
         alike: dict[Hashable, list[Any]] = defaultdict(list)
         for batch in self._collated(examples):
-            alike[kind_of(batch, self.fills)].append(batch)
+            alike[self._kind(batch)].append(batch)
         pieces = itertools.chain.from_iterable(map(self._pieces, alike.values()))
         batches = [join(piece, self.fills) for piece in pieces]
         return LogicalBatch(batches, getattr(examples, "place", None))
@@ -168,6 +170,13 @@ class LogicalBatchCollator:
         if self.max_tokens is not None and longest > 0:
             return max(1, self.max_tokens // longest)
         return self.micro_batch_size
+
+    def _kind(self, batch: Mapping[str, Any]) -> Hashable:
+        """What examples that may be taken together have in common."""
+        kind, ids = kind_of(batch, self.fills), batch.get(self.length_key)
+        if self.closing is None or not isinstance(ids, torch.Tensor):
+            return kind
+        return kind, int(ids.eq(self.closing).sum())
 
     def _collated(self, examples: list[Any]) -> list[Mapping[str, Any]]:
         """A batch of each example that has any position."""

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from hf_dp.engines.rows import row
 from hf_dp.training.positions import Spans, reads_text, spans_of, width_of
 from hf_dp.training.reductions import IGNORED
-from hf_dp.training.tasks import is_encoder_decoder, unwrapped
+from hf_dp.training.tasks import closing_token, is_encoder_decoder, unwrapped
 from hf_dp.training.vectorised import decoder_inputs, logits_of, without_targets
 
 LENGTHS = (5, 7, 2, 4)
@@ -104,6 +105,7 @@ class _Maker:
             made = torch.randint(0, vocabulary - 1, shape, generator=self.generator)
             made = made + (made >= padding).long()  # padding stands for nothing but itself
             made = made.masked_fill(~own, padding)
+            made = self._closed(made, own) if name == "input_ids" else made
         elif "attention_mask" in name:
             made = own
         elif name == "position_ids":
@@ -113,6 +115,16 @@ class _Maker:
         else:
             made = torch.zeros(shape)
         return made.to(value)
+
+    def _closed(self, ids: Tensor, own: Tensor) -> Tensor:
+        """`ids` with one closing token, the last, if the model reads the class from it."""
+        token = closing_token(self.model)
+        if token is None or ids.dim() != 2:
+            return ids
+        padding = _tokens(self.model)[1]
+        other = next(n for n in range(3) if n not in (token, padding))
+        last = own & ~F.pad(own[:, 1:], (0, 1))
+        return ids.masked_fill(own & (ids == token), other).masked_fill(last, token)
 
     def _labels(self, real: Tensor, rows: Mapping[str, Any]) -> Tensor:
         count = len(self.lengths)

@@ -10,7 +10,7 @@ from typing import Any
 
 from hf_dp.engines.owners import Owners, UserReduction
 from hf_dp.training.batches import LogicalBatch, LogicalBatchCollator, OwnedRows
-from hf_dp.training.joining import join, kind_of
+from hf_dp.training.joining import join
 
 APART = "collated apart"
 """The one field of a micro-batch whose examples stay apart: their batches."""
@@ -38,7 +38,7 @@ class UserCollator(LogicalBatchCollator):
             rows = self._collated(user)
             if not rows:
                 continue
-            kinds = {kind_of(row, self.fills) for row in rows}
+            kinds = set(map(self._kind, rows))
             alike[kinds.pop() if len(kinds) == 1 else id(rows)].append(rows)
         packs = list(itertools.chain.from_iterable(map(self._packs, alike.values())))
         owned = [self._owned(pack) for pack in packs]
@@ -65,7 +65,7 @@ class UserCollator(LogicalBatchCollator):
 
     def _joined(self, pack: list[_User]) -> Mapping[str, Any]:
         rows = [row for user in pack for row in user]
-        kinds = {kind_of(row, self.fills) for row in rows}
+        kinds = set(map(self._kind, rows))
         if len(rows) > 1 and (self.one_by_one or len(kinds) > 1):
             return {APART: rows}
         return join(rows, self.fills)

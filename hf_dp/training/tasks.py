@@ -47,7 +47,7 @@ _HEADS: tuple[tuple[str, Task], ...] = (
     (r"ForTokenClassification", Task.TOKEN_CLASSIFICATION),
     (r"ForMaskedLM", Task.MASKED_LM),
     (r"ForCausalLM|LMHeadModel", Task.CAUSAL_LM),
-    (r"ForConditionalGeneration", Task.SEQ2SEQ_LM),
+    (r"ForConditionalGeneration|EncoderDecoderModel$", Task.SEQ2SEQ_LM),
 )
 
 
@@ -77,6 +77,16 @@ def recognise_task(model: nn.Module, inputs: Mapping[str, Any]) -> Task | None:
     if "labels" not in inputs:
         return None
     return next(_tasks_by_name(model), None)
+
+
+def closing_token(model: nn.Module) -> int | None:
+    """The token from which a classifier with a decoder reads the class; None for other models.
+
+    BART's and T5's take examples together only where each has as many of it as the others.
+    """
+    token = getattr(getattr(unwrapped(model), "config", None), "eos_token_id", None)
+    reads = next(_tasks_by_name(model), None) is Task.SEQUENCE_CLASSIFICATION
+    return token if reads and is_encoder_decoder(model) and isinstance(token, int) else None
 
 
 def propose_tasks(logits: Tensor, labels: Tensor) -> Iterator[tuple[Task, ProblemType | None]]:
