@@ -20,7 +20,9 @@ from hf_dp.training.joining import (
     USUAL_FILLS,
     Collator,
     Fills,
+    Tried,
     has_no_positions,
+    ignores_all,
     is_blank,
     join,
     kind_of,
@@ -125,7 +127,7 @@ class LogicalBatchCollator:
     """Collates each example of a draw by itself, and joins those that are alike to micro-batches.
 
     In each, the longest come first. The order inside a draw is free of privacy cost: the sum does not
-    depend on it. An example without any position has no loss, so it is left out: it adds nothing.
+    depend on it. An example without any position, or target, has no loss, so it is left out: it adds nothing.
 
     Attributes:
         collator: The Trainer's own; it is given one example at a time.
@@ -134,7 +136,7 @@ class LogicalBatchCollator:
         max_tokens: Examples times longest length in memory at once, at most, in place of
             `micro_batch_size`; an example longer than that is a micro-batch by itself.
         fills: What shorter examples are filled up with, by column.
-        closing: A token of which examples that are taken together must have as many; None for none.
+        tried: On what examples padding was tried; others share a micro-batch with none of another length.
     """
 
     collator: Collator
@@ -142,7 +144,7 @@ class LogicalBatchCollator:
     length_key: str
     max_tokens: int | None = None
     fills: Fills = field(default_factory=lambda: USUAL_FILLS)
-    closing: int | None = None
+    tried: Tried = field(default_factory=Tried)
 
     def __call__(self, examples: list[Any]) -> LogicalBatch:
         """Collate one draw; an empty one gives no micro-batch."""
@@ -172,11 +174,7 @@ class LogicalBatchCollator:
         return self.micro_batch_size
 
     def _kind(self, batch: Mapping[str, Any]) -> Hashable:
-        """What examples that may be taken together have in common."""
-        kind, ids = kind_of(batch, self.fills), batch.get(self.length_key)
-        if self.closing is None or not isinstance(ids, torch.Tensor):
-            return kind
-        return kind, int(ids.eq(self.closing).sum())
+        return kind_of(batch, self.fills, self.tried)
 
     def _collated(self, examples: list[Any]) -> list[Mapping[str, Any]]:
         """A batch of each example that has any position."""
@@ -187,10 +185,14 @@ class LogicalBatchCollator:
         try:
             batch = self._whole_row(self.collator([example]))
         except Exception:  # an empty line stops no run, whatever a collator makes of it
-            if is_blank(example, self.length_key):
+            if is_blank(example, self.length_key) or self._translates_nothing(example):
                 return None
             raise
-        return None if has_no_positions(batch, self.length_key) else batch
+        nothing = has_no_positions(batch, self.length_key) or self._translates_nothing(batch)
+        return None if nothing else batch
+
+    def _translates_nothing(self, of: Any) -> bool:
+        return self.tried.translates and isinstance(of, Mapping) and ignores_all(of.get("labels"))
 
     def _whole_row(self, batch: Any) -> Mapping[str, Any]:
         """`batch`, of one example; rows are clipped one by one, so it must be one whole row."""

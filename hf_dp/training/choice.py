@@ -12,12 +12,13 @@ from torch import nn
 
 from hf_dp.engines.undisturbed import as_it_was
 from hf_dp.training.alone import ComputeLoss, ExampleLoss, definition_loss
+from hf_dp.training.joining import MASK, Tried
 from hf_dp.training.losses import choose_example_loss
 from hf_dp.training.made_up import MadeUpRows, attempts, each_alone
 from hf_dp.training.own_forward import has_library_loss
 from hf_dp.training.padding import padding_matters
 from hf_dp.training.positions import axis_of
-from hf_dp.training.tasks import unwrapped
+from hf_dp.training.tasks import closing_token, is_encoder_decoder, unwrapped
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,12 @@ class Choice:
         rows = self.rows
         spans = {} if rows is None else rows.spans
         return frozenset(n for n, span in spans.items() if rows and axis_of(rows) in span.axes)
+
+    def tried(self, model: nn.Module) -> Tried:
+        """What examples that are to be filled up must be like."""
+        span = None if self.rows is None else self.rows.spans.get(MASK)
+        least = 1 if span is None else min(span.lengths)
+        return Tried(least, is_encoder_decoder(model), closing_token(model))
 
     @property
     def longest(self) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import logging
 from collections.abc import Hashable, Mapping, Sequence, Set
 from typing import Any, get_args
@@ -27,10 +29,10 @@ from hf_dp.layers import DEFAULT_LAYER_RULES, LayerRules
 from hf_dp.sums import ClippedSum
 from hf_dp.training.alone import definition_loss, moved_to_the_front
 from hf_dp.training.choice import Choice, choose
-from hf_dp.training.joining import with_a_position
+from hf_dp.training.joining import TARGET_MASK, attended, marks_a_beginning, with_a_position
 from hf_dp.training.own_forward import state_of_loss
 from hf_dp.training.padding import padded_on_the_left
-from hf_dp.training.positions import axis_of
+from hf_dp.training.positions import axis_of, reads_text
 from hf_dp.training.refused_parts import refuse_model
 from hf_dp.training.tasks import unwrapped
 
@@ -97,6 +99,7 @@ def clipped_sum(
     clipping = FlatClipping(clipping_norm, clipping_norm_type)
     refuse_model(model)
     batch = with_a_position(batch, _padding_of(model))
+    _refuse_target_mask(batch)
     owners: Owners | None = None
     if users is not None:
         batch, owners = _by_user(batch, users, user_reduction)
@@ -105,9 +108,32 @@ def clipped_sum(
         if _begins_with_padding(batch):
             batch = moved_to_the_front(model, batch) or batch
         example_loss, chosen = _default_loss(model, batch, chosen)
+    if not bool(attended(batch).all()):
+        example_loss = functools.partial(_of_attended, example_loss)
     return chosen.clipped_sum(
         model, batch, example_loss=example_loss, clipping=clipping, owners=owners
     )
+
+
+def _of_attended(example_loss: ExampleLoss, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    """Zero for an empty text: attention to nothing is spread over the padding that others brought."""
+    losses = example_loss(model, inputs)
+    return losses.where(attended(inputs).to(losses.device), 0.0)
+
+
+def _refuse_target_mask(batch: Mapping[str, Any]) -> None:
+    """A decoder that may attend to nothing at first attends to what others' length made of it."""
+    mask = batch.get(TARGET_MASK)
+    if isinstance(mask, Tensor) and mask.dim() == 2 and not marks_a_beginning(mask):
+        raise ConfigurationError(
+            explain(
+                "clipped_sum.batch",
+                TARGET_MASK,
+                "in each row ones, and then zeros",
+                "Elsewhere a loss would depend on how far neighbours made the target be padded.",
+                "Pad targets on the right, and leave out examples without any.",
+            )
+        )
 
 
 def _by_user(
@@ -179,19 +205,19 @@ def _default_loss(
 ) -> tuple[ExampleLoss, GradientEngine]:
     if not isinstance(engine, SequentialEngine) and batch_size(batch) > 0:
         choice = _choice(model, batch)
-        left = _begins_with_padding(batch)
-        if left and not isinstance(engine, AutomaticEngine):
+        untried = not _was_tried(model, batch, choice)
+        if untried and not isinstance(engine, AutomaticEngine):
             raise ConfigurationError(
                 explain(
                     "clipped_sum.batch",
-                    "padding on the left",
+                    "padding on the left, or elsewhere than at the end",
                     f"padding on the right with engine={engine.name!r}",
                     "Otherwise an example's loss may depend on how far its neighbours made it be padded.",
                     "Set tokenizer.padding_side = 'right', or use engine='auto', which then takes one "
                     "example at a time.",
                 )
             )
-        if not (choice.alone or left):
+        if not (choice.alone or untried):
             return choice.example_loss, engine
     if isinstance(engine, AutomaticEngine):
         logger.warning(
@@ -202,8 +228,16 @@ def _default_loss(
     return definition_loss(_own_loss), engine
 
 
+def _was_tried(model: nn.Module, batch: Mapping[str, Any], choice: Choice) -> bool:
+    """Whether examples that attend to anything are padded as the made-up ones are."""
+    tried = choice.tried(model)
+    if reads_text(batch):
+        tried = dataclasses.replace(tried, least=1)
+    return tried.covers(select_rows(batch, attended(batch).nonzero().flatten().tolist()))
+
+
 def _begins_with_padding(batch: Mapping[str, Any]) -> bool:
-    """Whether the made-up examples, which are padded on the right, say nothing of this batch."""
+    """Whether some example's padding is on its left."""
     mask = batch.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.dim() != axis_of(batch) + 1:
         return False

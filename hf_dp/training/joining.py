@@ -2,7 +2,9 @@
 
 So it cannot mix them, nor cut, pad, scale or name the columns of one by what another holds. Examples whose
 columns are alike are put one under the other; those that are shorter are filled up on the right where
-``attention_mask`` marks it, in the columns in which the collator itself fills up. Others stay apart.
+``attention_mask`` marks it, in the columns in which the collator itself fills up. Others stay apart, and
+so does an example whose mask is another than those of the made-up examples on which padding was tried:
+where nothing is attended to, attention is spread over all positions, padding included.
 """
 
 from __future__ import annotations
@@ -10,12 +12,14 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Hashable, Mapping, Sequence, Sized
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from hf_dp.engines.rows import batch_size
 from hf_dp.training.padding import padded_on_the_left
 from hf_dp.training.positions import axis_of
 from hf_dp.training.reductions import IGNORED
@@ -26,22 +30,53 @@ Collator = Callable[[list[Any]], Any]
 Fills = Mapping[str, int | float]
 """Column -> what shorter examples are filled up with."""
 
-MASK = "attention_mask"
+MASK, TARGET_MASK = "attention_mask", "decoder_attention_mask"
 USUAL_FILLS: Fills = {
     "input_ids": 0,
     "token_type_ids": 0,
     "position_ids": 0,
     "labels": IGNORED,
     "decoder_input_ids": 0,
-    "decoder_attention_mask": 0,
+    TARGET_MASK: 0,
     MASK: 0,
 }
 """Where no collator says otherwise; that it does not matter which is tried before training."""
 
-_FIXED = frozenset(
-    {"labels", "decoder_attention_mask", MASK}
-)  # nothing else marks what is no example's
-_OF_THE_TARGET = frozenset({"labels", "decoder_input_ids", "decoder_attention_mask"})
+_FIXED = frozenset({"labels", TARGET_MASK, MASK})  # nothing else marks what is no example's
+_TARGETS = ("labels", "decoder_input_ids")
+_OF_THE_TARGET = frozenset({*_TARGETS, TARGET_MASK})
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What was tried of padding: examples that differ from that are not filled up.
+
+    Attributes:
+        least: Positions of the shortest example.
+        translates: Whether targets have lengths of their own; else they are as long as the text.
+        closing: A token of which examples that are taken together must have as many; None for none.
+    """
+
+    least: int = 1
+    translates: bool = True
+    closing: int | None = None
+
+    def covers(self, batch: Mapping[str, Any]) -> bool:
+        """Whether an example's masks are ones and then zeros, if anything, as made-up examples' are."""
+        axis = axis_of(batch)
+        marks = ((MASK, axis + 1, self.least), (TARGET_MASK, 2, 1))
+        return all(
+            marks_a_beginning(mask, least)
+            for name, dims, least in marks
+            if isinstance(mask := batch.get(name), Tensor) and mask.dim() == dims
+        )
+
+
+def marks_a_beginning(mask: Tensor, least: int = 1) -> bool:
+    """Whether each row of a mask, ``(..., T)``, begins with as many ones, and the rest is zeros."""
+    counts = (mask == 1).sum(-1, keepdim=True)
+    expected = (torch.arange(mask.shape[-1], device=mask.device) < counts).to(mask.dtype)
+    return torch.equal(mask, expected) and bool((counts >= least).all())
 
 
 def fills_of(collate: Collator, item: Any) -> dict[str, int | float]:
@@ -61,11 +96,14 @@ def fills_of(collate: Collator, item: Any) -> dict[str, int | float]:
     return {name: f for name, f in found.items() if f is not None and name not in _FIXED}
 
 
-def kind_of(batch: Mapping[str, Any], fills: Fills) -> Hashable:
+def kind_of(batch: Mapping[str, Any], fills: Fills, tried: Tried | None = None) -> Hashable:
     """What two batches of one example have in common if `join` may put them together."""
-    return type(batch), tuple(
-        (name, _kind(name, value, batch, fills)) for name, value in sorted(batch.items())
-    )
+    tried = tried or Tried()
+    if not tried.covers(batch):
+        fills = {}
+    columns = sorted(batch.items())
+    kinds = tuple((name, _kind(name, value, batch, fills, tried)) for name, value in columns)
+    return type(batch), kinds, _count(tried.closing, batch.get("input_ids"))
 
 
 def join(batches: Sequence[Mapping[str, Any]], fills: Fills) -> Mapping[str, Any]:
@@ -113,15 +151,32 @@ def is_blank(example: Any, key: str) -> bool:
 
 
 def has_no_positions(batch: Mapping[str, Any], key: str) -> bool:
-    """Whether there is nothing to compute a loss of in a collated batch.
+    """Whether there is nothing to compute a loss of in a collated batch, or nothing is attended to.
 
     Args:
         batch: Of one example or several.
         key: The model's main input.
     """
-    read = (key, MASK, "labels", "decoder_input_ids")
-    columns = [batch[name] for name in read if isinstance(batch.get(name), Tensor)]
-    return any(value.dim() >= 2 and value.numel() == 0 for value in columns)
+    columns = [v for v in map(batch.get, (key, MASK, *_TARGETS)) if isinstance(v, Tensor)]
+    if any(value.dim() >= 2 and value.numel() == 0 for value in columns):
+        return True
+    return not bool(attended(batch).any())
+
+
+def attended(batch: Mapping[str, Any]) -> Tensor:
+    """Which examples, ``(B,)``, have a position that the model attends to, in each text to choose from."""
+    mask = batch.get(MASK)
+    if not isinstance(mask, Tensor) or mask.dim() != axis_of(batch) + 1:
+        return torch.ones(batch_size(batch), dtype=torch.bool)
+    return (mask != 0).any(-1).flatten(1).all(1) if mask.dim() > 2 else (mask != 0).any(-1)
+
+
+def ignores_all(labels: Any) -> bool:
+    """Whether targets, as a dataset or a collator gives them, are none, or ignored ones only."""
+    if isinstance(labels, Tensor):
+        return labels.dim() > 0 and bool((labels == IGNORED).all())
+    sequence = isinstance(labels, list | tuple | np.ndarray)
+    return sequence and bool((np.asarray(labels, dtype=object) == IGNORED).all())
 
 
 def with_a_position(batch: Mapping[str, Any], padding: int | None) -> Mapping[str, Any]:
@@ -139,13 +194,17 @@ def with_a_position(batch: Mapping[str, Any], padding: int | None) -> Mapping[st
     return {**batch, **made}
 
 
-def _kind(name: str, value: Any, batch: Mapping[str, Any], fills: Fills) -> Hashable:
+def _count(token: int | None, ids: Any) -> int:
+    return int((ids == token).sum()) if token is not None and isinstance(ids, Tensor) else 0
+
+
+def _kind(name: str, value: Any, batch: Mapping[str, Any], fills: Fills, tried: Tried) -> Hashable:
     if isinstance(value, Tensor):
         if value.layout != torch.strided:
             return id(value)
         if value.dim() == 0:
             return value.dtype, value.device, value.item()
-        free = _is_filled_up(name, value, batch, fills)
+        free = _is_filled_up(name, value, batch, fills, tried)
         axis = axis_of(batch) if free else 0
         others = (*value.shape[1:axis], None, *value.shape[axis + 1 :]) if free else value.shape[1:]
         return value.dtype, value.device, others
@@ -158,13 +217,17 @@ def _kind(name: str, value: Any, batch: Mapping[str, Any], fills: Fills) -> Hash
     return type(value), value if isinstance(value, Hashable) else id(value)
 
 
-def _is_filled_up(name: str, value: Tensor, batch: Mapping[str, Any], fills: Fills) -> bool:
+def _is_filled_up(
+    name: str, value: Tensor, batch: Mapping[str, Any], fills: Fills, tried: Tried
+) -> bool:
     mask, axis = batch.get(MASK), axis_of(batch)
     if not isinstance(mask, Tensor) or mask.dim() != axis + 1 or value.dim() < mask.dim():
         return False
     if name not in fills or (name == "labels" and value.is_floating_point()):
         return False
-    return name in _OF_THE_TARGET or value.shape[: axis + 1] == mask.shape
+    if tried.translates and name in _OF_THE_TARGET:
+        return True
+    return value.shape[: axis + 1] == mask.shape
 
 
 def _joined(values: Sequence[Any], fill: int | float) -> Any:

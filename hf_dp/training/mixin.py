@@ -58,7 +58,7 @@ from hf_dp.training.settled import SettledMixin
 from hf_dp.training.shown import ShownMixin
 from hf_dp.training.spending import Claim, Spending
 from hf_dp.training.step import clipped_sum_of, released_loss, set_gradients, tracked
-from hf_dp.training.tasks import closing_token, recognise_task
+from hf_dp.training.tasks import recognise_task
 from hf_dp.training.trained_before import announce_earlier, earlier_runs, for_header, remember
 
 logger = logging.getLogger(__name__)
@@ -240,7 +240,7 @@ class DPTrainerMixin(SettledMixin, ShownMixin):
         reduction = self.dp_args.reduction
         usual = {**USUAL_FILLS, **self._fills}
         fills = {name: usual[name] for name in choice.padded.intersection(usual)}
-        parts = (host.collate_fn, size, key, tokens, fills, closing_token(self.model))
+        parts = (host.collate_fn, size, key, tokens, fills, choice.tried(self.model))
         collator = (
             LogicalBatchCollator(*parts) if reduction is None else UserCollator(*parts, reduction)
         )

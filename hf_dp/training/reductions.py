@@ -198,13 +198,13 @@ def span_losses(
 
 
 def _own_span(attention_mask: Tensor | None, like: Tensor) -> Tensor:
-    """From the first to the last attended position, ``(B, T)``; everything where none is."""
+    """From the first to the last attended position, ``(B, T)``; nothing where none is."""
     if attention_mask is None or attention_mask.shape != like.shape:
         return torch.ones(like.shape, dtype=torch.bool, device=like.device)
     attended = (attention_mask.to(like.device) != 0).long()
     begun = attended.cumsum(dim=1) > 0
     not_ended = attended.flip(1).cumsum(dim=1).flip(1) > 0
-    return (begun & not_ended) | (attended.sum(dim=1, keepdim=True) == 0)
+    return begun & not_ended
 
 
 def _wide(values: Tensor) -> Tensor:

@@ -160,9 +160,26 @@ def _call_arguments(task: Task, model: nn.Module, inputs: Mapping[str, Any]) -> 
 
 
 def _prompt(logits: Tensor, labels: Tensor, inputs: Mapping[str, Any]) -> int:
-    """How many positions of its own a model puts before each example's."""
-    of_tokens = labels.dim() == 2 and labels.shape[1] == width_of(inputs)
-    return logits.shape[1] - labels.shape[1] if of_tokens and logits.dim() == 3 else 0
+    """How many positions of its own a model puts before each example's.
+
+    Raises:
+        ConfigurationError: Labels have a width of their own, by which nobody knows whose are which.
+    """
+    width = width_of(inputs)
+    if labels.dim() != 2 or logits.dim() != 3 or width is None:
+        return 0
+    more = logits.shape[1] - width
+    if more > 0 and labels.shape[1] != width:
+        raise ConfigurationError(
+            explain(
+                "batch.labels",
+                f"{labels.shape[1]} wide",
+                f"as wide as the tokens, {width}",
+                f"The model puts {more} positions before them, and labels are filled up accordingly.",
+                "Pad labels to the width of input_ids.",
+            )
+        )
+    return more if labels.shape[1] == width else 0
 
 
 def decoder_inputs(model: Any, labels: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from transformers import (
 
 from hf_dp import DPArguments, DPTrainer, clipped_sum
 from hf_dp.training.batches import Draw, LogicalBatchCollator
+from hf_dp.training.joining import Tried
 from hf_dp.training.made_up import made_up_rows
 from hf_dp.training.packing import UserCollator, apart
 from hf_dp.training.tasks import Task, closing_token, recognise_task
@@ -124,12 +125,14 @@ def test_other_models_have_no_closing_token() -> None:
 
 def test_examples_with_more_closing_tokens_than_others_are_apart_from_them() -> None:
     rows = [{"input_ids": ids, "labels": 0} for ids in ([5, EOS], [5, 6, EOS], [EOS, EOS])]
-    found = LogicalBatchCollator(collate, 4, "input_ids", closing=EOS)(rows).micro_batches
+    found = LogicalBatchCollator(collate, 4, "input_ids", tried=Tried(closing=EOS))(
+        rows
+    ).micro_batches
     counts = [(batch["input_ids"] == EOS).sum(1).tolist() for batch in found]
     assert sorted(counts) == [[1, 1], [2]]
     draw = Draw(rows)
     draw.sizes = (1, 2)
-    packs = UserCollator(collate, 4, "input_ids", closing=EOS)(draw).micro_batches
+    packs = UserCollator(collate, 4, "input_ids", tried=Tried(closing=EOS))(draw).micro_batches
     assert sorted(len(apart(pack) or []) for pack in packs) == [0, 2]
 
 
