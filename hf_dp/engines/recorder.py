@@ -55,6 +55,10 @@ class Recorder:
             known = self._coverages[model] = coverage_of(model, self.layer_rules)
         return known
 
+    def last_coverage(self, model: nn.Module) -> Coverage:
+        """What the last pass of `model` went by; not looked up anew."""
+        return self._coverages[model]
+
     @contextlib.contextmanager
     def forward(
         self,

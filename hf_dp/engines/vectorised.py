@@ -89,7 +89,7 @@ class VectorisedEngine(GradientEngine):
                 model, inputs, example_loss, clipping, loss_release, owners
             )
             longest = functools.partial(_longest, summed.norms, owners)
-            refuse_lost(model, inputs, self.recorder.coverage(model), example_loss, longest)
+            refuse_lost(model, inputs, self.recorder.last_coverage(model), example_loss, longest)
             again = functools.partial(summed_by, self)
             return without_dropped(summed, inputs, owners, again) if dropped else summed
 
