@@ -100,7 +100,7 @@ class _Noted:
     tapped: list[int]
     drawn: tuple[Randomness, Randomness] | None
     autocast: tuple[bool, torch.dtype]
-    marks: Marks | None
+    marks: Marks
 
 
 class WholeTap(PointTap):
@@ -144,17 +144,13 @@ class WholeTap(PointTap):
             tapped,
             None if now.same(drew) else (drew, now),
             (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)),
-            self._marks(outputs, axes),
+            Marks(outputs, axes, self.record.num_units),
         )
         inputs = [given.values[index] for index in given.tensors]
         seen = self.record.through(self.point, (noted, self.record), outputs, inputs)
         for index, leaf in zip(tapped, seen, strict=True):
             returned.values[index] = leaf
         return tree_unflatten(returned.values, returned.spec)
-
-    def _marks(self, outputs: Sequence[Tensor], axes: Sequence[UnitAxis]) -> Marks | None:
-        units = self.record.num_units  # one alone has no others
-        return Marks(outputs, axes, units) if units > 1 else None
 
     def set_requires_grad(self, value: bool) -> None:
         recomputing = self.record.on_call is not None

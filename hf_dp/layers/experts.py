@@ -138,6 +138,13 @@ class Experts:
         """A factor for each of the call's parameters; None if the call is not as the formula has it."""
         own = call.module._parameters
         names = [next((n for n, p in own.items() if p is q), None) for q in call.parameters]
+        answers = self.of_call(call, call.module)
+        if answers is None or None in names:
+            return None
+        return [answers[name] for name in names if name is not None]
+
+    def of_call(self, call: WholeCall, module: nn.Module) -> dict[str, Factor] | None:
+        """Name -> factor, for a call of `module` or of what wraps it; None if it is not as expected."""
         roles, [grads], [axis] = _roles(call), call.output_grads, call.output_axes
         if roles is None or grads is None or call.drawn is not None:
             return None
@@ -147,13 +154,11 @@ class Experts:
             return None
         enabled, dtype = call.autocast
         autocast = torch.autocast(call.device.type, dtype=dtype, enabled=enabled)
-        marks = call.marks
-        answers = self.answers(
-            call.module,
+        return self.answers(
+            module,
             *(hidden, index, weights, grads, autocast),
-            then=None if marks is None else lambda outputs: call.check(marks.of_all([outputs])),
+            then=lambda outputs: call.check(call.marks.of_all([outputs])),
         )
-        return None if None in names else [answers[name] for name in names if name is not None]
 
     def answers(
         self,

@@ -1,8 +1,8 @@
 """The rule for every module without a formula: run its forward again, unit by unit, and differentiate.
 
 The first way that works is taken: a short one for modules of a certain kind, tables whose forward does
-more than look up (`hf_dp.layers.lookup`) and fused experts (`hf_dp.layers.experts`); all units at once
-by ``torch.func.vmap``; one unit after another. Where
+more than look up (`hf_dp.layers.lookup`), fused experts (`hf_dp.layers.experts`) and LoRA on these
+(`hf_dp.layers.adapted_experts`); all units at once by ``torch.func.vmap``; one unit after another. Where
 the gradients of all units together would be large they are never held at once: norms are taken unit by
 unit and the gradients computed again for the sum.
 """
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_dp.errors import UncoveredParameterError
+from hf_dp.layers.adapted_experts import adapted_experts_of
 from hf_dp.layers.factors import Factor, Vec
 from hf_dp.layers.lookup import lookup_of
 from hf_dp.layers.packing import Packing
@@ -23,14 +24,17 @@ from hf_dp.layers.whole import WholeCall
 
 # More numbers than this are not held for one call: 64 MB in float32.
 MOST_HELD = 1 << 24
-# What vectorised and unit by unit may differ by, relative to the larger: rounding, in any dtype.
+# What vectorised and unit by unit may differ by, relative to a parameter's gradient: rounding, in any dtype.
 _AGREEMENT = 2e-2
+# And to all parameters' together, in float32 and below: that of a key's bias is nothing but rounding.
+_OF_ALL = {False: 1e-5, True: 1e-2}
 
 Shortcut = Callable[[WholeCall], Sequence[Factor] | None]
 # Name -> the short way for a module, or None.
 _SHORTCUTS: dict[str, Callable[[nn.Module], Shortcut | None]] = {
     "lookup": lookup_of,
     "experts": experts_of,
+    "adapted experts": adapted_experts_of,
 }
 
 
@@ -41,7 +45,8 @@ class GenericRule:
         vectorises: Whether ``vmap`` can run the module; found out when it first cannot.
         repeats: Whether outputs that serve all units alike are repeated, so that gradients come apart.
         shortcut: Name and rule of the short way for it; `try_out` finds out whether it is right.
-        forms: The forms that were used: "lookup", "experts", "vectorised", "one by one", "recomputed".
+        forms: The forms that were used: "lookup", "experts", "adapted experts", "vectorised",
+            "one by one", "recomputed".
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -108,7 +113,7 @@ class GenericRule:
             self.shortcut = None
         if self.shortcut is None and call.num_units * call.numel <= MOST_HELD:
             found = self._vectorised(call)
-            self.vectorises = found is not None and _agree(found, expected)
+            self.vectorises = found is not None and _agree(found, expected, coarse=call.rounds)
 
 
 def _answers(rule: Shortcut, call: WholeCall, expected: Sequence[Tensor]) -> bool:
@@ -117,14 +122,15 @@ def _answers(rule: Shortcut, call: WholeCall, expected: Sequence[Tensor]) -> boo
         found = None if factors is None else [factor.dense().values for factor in factors]
     except Exception:  # foreign code runs again, and may fail in any way
         return False
-    return found is not None and _agree(found, expected)
+    return found is not None and _agree(found, expected, coarse=call.rounds)
 
 
-def _agree(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
+def _agree(found: Sequence[Tensor], expected: Sequence[Tensor], *, coarse: bool) -> bool:
+    lengths = [float(gradient.norm()) for gradient in expected]
+    rounding = _OF_ALL[coarse] * sum(length**2 for length in lengths) ** 0.5 + 1e-30
     return all(
-        one.shape == other.shape
-        and float((one - other).norm()) <= _AGREEMENT * float(other.norm()) + 1e-30
-        for one, other in zip(found, expected, strict=True)
+        one.shape == other.shape and float((one - other).norm()) <= _AGREEMENT * length + rounding
+        for one, other, length in zip(found, expected, lengths, strict=True)
     )
 
 

@@ -19,6 +19,9 @@ from hf_dp.layers.per_unit import (
     zero_rows,
 )
 
+Layout = tuple[tuple[int, int, int], tuple[int, ...]]
+"""How ``(E, d, p)`` is stored: its axes in another order, and the shape they are then put in."""
+
 _MOST_WRITTEN = 2**23
 """Numbers of segments' gradients that are written out at once, to take their norms."""
 
@@ -32,7 +35,14 @@ class Routed(Factor):
     """
 
     def __init__(
-        self, left: Tensor, right: Tensor, places: Tensor, *, num_experts: int, num_units: int
+        self,
+        left: Tensor,
+        right: Tensor,
+        places: Tensor,
+        *,
+        num_experts: int,
+        num_units: int,
+        layout: Layout | None = None,
     ) -> None:
         """Hold the rows, in any order.
 
@@ -42,9 +52,11 @@ class Routed(Factor):
             places: ``(S,)``, expert times `num_units` plus unit.
             num_experts: E.
             num_units: B.
+            layout: How the parameter is stored; None for ``(E, d, p)``.
         """
         self.num_experts = num_experts
         self.num_units = num_units
+        self.layout = layout
         if bool((places[1:] < places[:-1]).any()):
             places, order = places.sort(stable=True)
             left, right = left[order], right[order]
@@ -59,7 +71,7 @@ class Routed(Factor):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """The parameter's."""
+        """E, d and p."""
         return self.num_experts, self.left.shape[1], self.right.shape[1]
 
     def squared_norm(self) -> Tensor:
@@ -93,7 +105,7 @@ class Routed(Factor):
             right = right * scale
         counts = torch.bincount(self.places // self.num_units, minlength=self.num_experts).tolist()
         sides = zip(left.split(counts), right.split(counts), strict=True)
-        return torch.stack([one.mT @ other for one, other in sides])
+        return self._stored(torch.stack([one.mT @ other for one, other in sides]))
 
     def without(self, dropped: Tensor) -> Routed:
         gone = dropped[self.units]
@@ -106,23 +118,12 @@ class Routed(Factor):
             rows.append(mine)
             places.append(self.places[mine] // self.num_units * len(units) + place)
         kept = torch.cat(rows)
-        return Routed(
-            self.left[kept],
-            self.right[kept],
-            torch.cat(places),
-            num_experts=self.num_experts,
-            num_units=len(units),
-        )
+        return self._with(self.left[kept], self.right[kept], torch.cat(places), len(units))
 
     def grouped(self, packing: Packing) -> Routed:
         units = packing.owners.to(self.places.device)[self.units]
-        return Routed(
-            self.left,
-            self.right,
-            self.places // self.num_units * packing.num_units + units,
-            num_experts=self.num_experts,
-            num_units=packing.num_units,
-        )
+        places = self.places // self.num_units * packing.num_units + units
+        return self._with(self.left, self.right, places, packing.num_units)
 
     def dense(self) -> Vec:
         grads = self.left.new_zeros(self.num_units * self.num_experts, *self.shape[1:])
@@ -130,16 +131,34 @@ class Routed(Factor):
             experts = places // self.num_units
             index = places % self.num_units * self.num_experts + experts
             grads[index] = torch.bmm(left.mT, right)
-        return Vec(grads.view(self.num_units, *self.shape))
+        return Vec(self._stored(grads.view(self.num_units, *self.shape)))
 
     def merged(self, other: Factor) -> Factor | None:
-        if not isinstance(other, Routed):
+        if not isinstance(other, Routed) or other.layout != self.layout:
             return None
         left, right = [self.left, other.left], [self.right, other.right]
         return self._with(torch.cat(left), torch.cat(right), torch.cat([self.places, other.places]))
 
-    def _with(self, left: Tensor, right: Tensor, places: Tensor) -> Routed:
-        return Routed(left, right, places, num_experts=self.num_experts, num_units=self.num_units)
+    def _with(
+        self, left: Tensor, right: Tensor, places: Tensor, num_units: int | None = None
+    ) -> Routed:
+        return Routed(
+            left,
+            right,
+            places,
+            num_experts=self.num_experts,
+            num_units=self.num_units if num_units is None else num_units,
+            layout=self.layout,
+        )
+
+    def _stored(self, grads: Tensor) -> Tensor:
+        """``(..., E, d, p)`` as the parameter is stored."""
+        if self.layout is None:
+            return grads
+        axes, shape = self.layout
+        leading = grads.dim() - len(axes)
+        turned = grads.permute(*range(leading), *(leading + axis for axis in axes))
+        return turned.reshape(*grads.shape[:leading], *shape)
 
     def _segments(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Segments of about one length: their places ``(n,)``, and both sides ``(n, L, width)``.

@@ -49,6 +49,24 @@ def _named_once(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
                 yield f"{prefix}.{key}", parameter
 
 
+@contextlib.contextmanager
+def _left_registered(module: nn.Module) -> Iterator[None]:
+    """Parameters are parameters afterwards, also where a forward registers anew what it is given.
+
+    PEFT's does with ``LoraConfig(target_parameters=)``: it makes buffers of the plain tensors there.
+    """
+    before = [(part, dict(part._parameters)) for part in module.modules()]
+    try:
+        yield
+    finally:
+        for part, parameters in before:
+            if part._parameters.keys() != parameters.keys():
+                for name in parameters:
+                    part._buffers.pop(name, None)
+                part._parameters.clear()
+                part._parameters.update(parameters)
+
+
 def _as_it_is(outputs: list[Tensor]) -> list[Tensor]:
     return outputs
 
@@ -70,7 +88,7 @@ class WholeCall:
         drawn: The generators before and after the call, if it drew from them.
         quiet: Within this context no tap is active.
         autocast: Whether it was on, and its dtype.
-        marks: What it gave, as a rerun must show it; None where there is one unit.
+        marks: What it gave, as a rerun must show it.
     """
 
     module: nn.Module
@@ -85,7 +103,7 @@ class WholeCall:
     drawn: tuple[Randomness, Randomness] | None
     quiet: Callable[[], contextlib.AbstractContextManager[object]]
     autocast: tuple[bool, torch.dtype]
-    marks: Marks | None = None
+    marks: Marks
 
     @property
     def device(self) -> torch.device:
@@ -130,7 +148,8 @@ class WholeCall:
             with torch.autocast(self.device.type, enabled=False):
                 return then([leaves[index] for index in self.tapped])
 
-        with self.quiet(), torch.autocast(self.device.type, dtype=dtype, enabled=enabled):
+        autocast = torch.autocast(self.device.type, dtype=dtype, enabled=enabled)
+        with self.quiet(), autocast, _left_registered(self.module):
             made: list[Tensor] = functional_call(
                 _Forward(self.module), tensors, (args, kwargs, finish), tie_weights=False
             )
@@ -148,9 +167,8 @@ class WholeCall:
         values = [p.detach().requires_grad_() for p in self.parameters]
 
         def grads_of(outputs: list[Tensor]) -> list[Tensor]:
-            if self.marks is not None:
-                place = torch.tensor(unit, device=self.device)
-                self.check(self.marks.of_unit(outputs, place), unit)
+            place = torch.tensor(unit, device=self.device)
+            self.check(self.marks.of_unit(outputs, place), unit)
             grads = self.grads_of(outputs, values, unit)
             return [
                 torch.zeros_like(wide(value)) if grad is None else dense(grad)
@@ -168,8 +186,6 @@ class WholeCall:
         Raises:
             UnrepeatedError: They are not.
         """
-        if self.marks is None:
-            return
         described = type(self.module).__qualname__
         self.marks.check(found, unit, coarse=self.rounds, described=described)
 
@@ -300,7 +316,7 @@ class WholeCall:
                 total = wide(values[0]).sum() * 0
                 for index, grad in zip(kept, grads, strict=True):
                     total = total + (outputs[index] * grad).sum()
-                return total, [] if self.marks is None else self.marks.of_unit(outputs, unit)
+                return total, self.marks.of_unit(outputs, unit)
 
             found: tuple[tuple[Tensor, ...], list[Tensor]] = torch.func.grad(product, has_aux=True)(
                 tuple(p.detach() for p in self.parameters)

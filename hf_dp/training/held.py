@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from hf_dp.errors import PrivacyError
+from hf_dp.layers.adapted_experts import is_wrapper
 
 _WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _WORD = 8  # bytes
@@ -71,13 +72,22 @@ class Held:
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, _Kept]]:
+    put_back = set(map(id, _put_back_by_peft(model)))
     for name, parameter in model.named_parameters():
-        yield name, _noted(parameter, is_saved=True)
+        kept = _noted(parameter, is_saved=True)
+        yield name, kept._replace(version=0) if id(parameter) in put_back else kept
     for prefix, module in model.named_modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 saved = name not in module._non_persistent_buffers_set
                 yield f"{prefix}.{name}" if prefix else name, _noted(buffer, is_saved=saved)
+
+
+def _put_back_by_peft(model: nn.Module) -> Iterator[Tensor]:
+    """What ``LoraConfig(target_parameters=)`` adapts: each call puts it back, as a change."""
+    for module in model.modules():
+        if is_wrapper(module):
+            yield module.get_param()  # type: ignore[operator]
 
 
 def _noted(tensor: Tensor, *, is_saved: bool) -> _Kept:

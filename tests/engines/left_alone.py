@@ -5,20 +5,32 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
 from hf_dp.engines.tap import PointTap
 
-# identity, kind, version (each change in place counts), whether it is trained, what its gradient is
-State = tuple[int, type[Tensor], int, bool, int | None]
+# whether it is registered as a parameter, identity, kind, version (each change in place counts), whether it
+# is trained, what its gradient is
+State = tuple[bool, int, type[Tensor], int, bool, int | None]
 
 
 def state_of(model: nn.Module) -> dict[str, State]:
-    """Every parameter and buffer by each of its names, modules that are registered twice twice."""
+    """Every parameter and buffer by each of its names, modules that are registered twice twice.
+
+    Each call of PEFT's wrapper takes its parameter out and puts it back, which counts as a change.
+    """
+    put_back = {id(m.get_param()) for m in model.modules() if isinstance(m, ParamWrapper)}
+
+    def state(t: Tensor, *, registered: bool) -> State:
+        version = 0 if id(t) in put_back else t._version
+        return registered, id(t), type(t), version, t.requires_grad, t.grad and id(t.grad)
+
     return {
-        f"{name}.{key}": (id(t), type(t), t._version, t.requires_grad, t.grad and id(t.grad))
+        f"{name}.{key}": state(t, registered=tensors is module._parameters)
         for name, module in model.named_modules(remove_duplicate=False)
-        for key, t in (*module._parameters.items(), *module._buffers.items())
+        for tensors in (module._parameters, module._buffers)
+        for key, t in tensors.items()
         if t is not None
     }
 

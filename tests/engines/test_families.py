@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from hf_dp.clipping import FlatClipping
 from hf_dp.engines import BookKeepingEngine, engine_named
 from hf_dp.engines.base import ExampleLoss
+from hf_dp.engines.rows import select_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:.loss_type=None. was set:UserWarning")
 
 # These compute in float32 inside whatever they are given, in an order that the batch's size decides.
-FLOAT32_INSIDE = {"gemma2", "gemma3"}
+FLOAT32_INSIDE = {"gemma2", "gemma3", "gpt_neo"}
 
 
 def against_the_loop(
@@ -63,6 +64,16 @@ def test_a_partly_frozen_model_equals_the_loop(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_lora_equals_the_loop(family: str) -> None:
     both_precisions(family, lambda dtype: adapted(family, dtype))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3-moe"])
+@pytest.mark.parametrize(
+    "targets", [["experts.gate_up_proj", "experts.down_proj"], ["gate.weight"]]
+)
+def test_lora_of_parameters_equals_the_loop(family: str, targets: list[str]) -> None:
+    both_precisions(family, lambda dtype: adapted(family, dtype, target_parameters=targets))
+    alone = select_rows(batch(family), [0])  # one wrapper within another is told apart by outputs
+    against_the_loop(adapted(family, target_parameters=targets), alone, 1e-5)
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5", "opt", "swin"])

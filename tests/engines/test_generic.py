@@ -88,6 +88,14 @@ def test_every_way_equals_the_loop_on_families(way: str, family: str) -> None:
         assert_same_sum(found, expected, 1e-12)
 
 
+def test_a_gradient_of_rounding_alone_slows_nothing_down() -> None:
+    """That of a key's bias in attention is zero: what is computed of it differs from way to way."""
+    weight, bias, noise = torch.ones(6, 6), torch.full((6,), 1e-9), torch.full((6,), -2e-9)
+    assert generic._agree([weight, noise], [weight, bias], coarse=False)
+    assert not generic._agree([weight, bias + 1e-3], [weight, bias], coarse=False)
+    assert not generic._agree([weight * 1.1, bias], [weight, bias], coarse=True)
+
+
 POISONS: dict[str, Callable[[Tensor], Tensor]] = {
     "nan": lambda x: torch.full_like(x, torch.nan),
     "inf": lambda x: torch.full_like(x, torch.inf),

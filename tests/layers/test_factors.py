@@ -48,6 +48,14 @@ def routed(rows: int, experts: int, d: int, p: int, seed: int = 0) -> Case:
     return Routed(left, right, places, num_experts=experts, num_units=UNITS), dense
 
 
+def stored(case: Case, axes: tuple[int, int, int], shape: tuple[int, ...]) -> Case:
+    """Experts' matrices with their axes in another order and put in another shape."""
+    factor, dense = case
+    assert isinstance(factor, Routed)
+    factor.layout = (axes, shape)
+    return factor, dense.permute(0, *(axis + 1 for axis in axes)).reshape(UNITS, *shape)
+
+
 def vec(*shape: int, seed: int = 0) -> Case:
     values = numbers(UNITS, *shape, seed=seed)
     return Vec(values), values
@@ -72,6 +80,13 @@ CASES: dict[str, Callable[[], Case]] = {
     "routed written out": lambda: routed(90, 3, 2, 5),
     "routed of both forms": lambda: routed(70, 4, 6, 5),
     "routed of one row": lambda: routed(1, 2, 6, 5),
+    "routed, stored by rank": lambda: stored(routed(30, 4, 2, 5), (0, 2, 1), (20, 2)),
+    "routed, experts last": lambda: stored(routed(90, 3, 7, 2), (1, 2, 0), (7, 6)),
+    "routed, turned": lambda: stored(routed(40, 3, 2, 5), (2, 1, 0), (5, 6)),
+    "routed twice, turned": lambda: total(
+        stored(routed(9, 3, 6, 5), (2, 1, 0), (5, 18)),
+        stored(routed(20, 3, 6, 5, seed=7), (2, 1, 0), (5, 18)),
+    ),
     "routed twice": lambda: total(routed(9, 3, 6, 5), routed(20, 3, 6, 5, seed=7)),
     "tied by Gram": lambda: total(one_hot(6, 50, 40), mat(6, 50, 40, seed=5)),
     "tied written out": lambda: total(one_hot(6, 9, 4), mat(20, 9, 4, seed=5)),

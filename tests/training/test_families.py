@@ -229,6 +229,25 @@ def test_lora_on_fixed_coins_equals_one_example_at_a_time(tmp_path: Path) -> Non
         torch.testing.assert_close(result, results[-1], rtol=1e-5, atol=1e-6)
 
 
+def test_lora_of_fused_experts_leaves_parameters_where_they_are(tmp_path: Path) -> None:
+    """PEFT takes these out of the model on each call and puts back what it was given in their places."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 4}
+    config = tf.MixtralConfig(vocab_size=50, pad_token_id=0, **sizes, **heads)
+    names = ["gate_up_proj", "down_proj"]
+    targets = LoraConfig(
+        r=2, target_parameters=[f"experts.{name}" for name in names], task_type="SEQ_CLS"
+    )
+    model = get_peft_model(tf.MixtralForSequenceClassification(config), targets)
+    [experts] = [m for m in model.modules() if type(m).__name__ == "MixtralExperts"]
+    before = {name: getattr(experts, name).clone() for name in names}
+    trainer = trainer_for(tmp_path, model=model)
+    trainer.train()
+    assert isinstance(trainer.engine.chosen, BookKeepingEngine)
+    assert sorted(experts._parameters) == sorted(names)
+    assert all(torch.equal(getattr(experts, name), before[name]) for name in names)
+
+
 class Overflowing:
     """Cuts each text into pieces of two tokens, as return_overflowing_tokens does in a collator."""
 
