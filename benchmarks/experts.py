@@ -1,4 +1,4 @@
-"""What the rule for fused experts costs, next to an ordinary step and to the generic rule.
+"""What the rules for fused experts, and for LoRA on them, cost next to an ordinary step and the generic rule.
 
 A small Mixtral, its experts in their eager form (the FLOPs of grouped products are not counted): times
 are process time, interleaved, medians of the rounds.
@@ -17,6 +17,7 @@ from unittest import mock
 
 import torch
 import transformers as tf
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from benchmarks.cases import example_losses, library_losses
@@ -29,7 +30,7 @@ from hf_dp.layers import generic
 EXAMPLES, POSITIONS, ROUNDS = 8, 128, 5
 
 
-def model() -> nn.Module:
+def model(*, lora: bool) -> nn.Module:
     """Two layers of width 256, eight experts of width 512, two of them for each token."""
     torch.manual_seed(0)
     config = tf.MixtralConfig(
@@ -46,6 +47,9 @@ def model() -> nn.Module:
     )
     config._experts_implementation = "eager"
     made: nn.Module = tf.MixtralForCausalLM(config)
+    if lora:
+        targets = ["experts.gate_up_proj", "experts.down_proj"]
+        made = get_peft_model(made, LoraConfig(r=8, target_modules=[], target_parameters=targets))
     return made.train()
 
 
@@ -58,17 +62,16 @@ def private(net: nn.Module, inputs: Mapping[str, Any], *, rule: bool) -> Callabl
             net, inputs, example_loss=library_losses(inputs), clipping=FlatClipping(0.1)
         )
 
-    removed = {} if rule else {"experts": lambda _: None}
+    removed = {} if rule else dict.fromkeys(("experts", "adapted experts"), lambda _: None)
     with mock.patch.dict(generic._SHORTCUTS, removed):
         step()  # which rule it takes is found out here
     return step
 
 
-def main() -> None:
-    """Measure, print, keep."""
-    torch.set_num_threads(1)
-    net = model()
-    parameters = list(net.parameters())
+def measure(*, lora: bool) -> dict[str, Any]:
+    """Times, FLOPs, kernels and bytes of a micro-batch, over those of an ordinary step."""
+    net = model(lora=lora)
+    parameters = [p for p in net.parameters() if p.requires_grad]
     ids = torch.randint(3, 256, (EXAMPLES, POSITIONS))
     inputs: dict[str, Tensor] = {"input_ids": ids, "labels": ids}
 
@@ -94,14 +97,19 @@ def main() -> None:
         }
         for name in steps
     }
-    report = {
-        "machine": machine(),
-        "case": f"mixtral d=256 E=8 k=2 T={POSITIONS} B={EXAMPLES}",
-        "rounds": ROUNDS,
+    trained = "LoRA r=8 on the experts" if lora else "full"
+    return {
+        "case": f"mixtral d=256 E=8 k=2 T={POSITIONS} B={EXAMPLES}, {trained}",
         "plain_seconds": median(times["plain"]),
         "over_plain": rows,
     }
-    text = json.dumps(report, indent=1)
+
+
+def main() -> None:
+    """Measure, print, keep."""
+    torch.set_num_threads(1)
+    cases = [measure(lora=lora) for lora in (False, True)]
+    text = json.dumps({"machine": machine(), "rounds": ROUNDS, "cases": cases}, indent=1)
     print(text)
     (RESULTS / "experts.json").write_text(text + "\n", encoding="utf-8")
 
