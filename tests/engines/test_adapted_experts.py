@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import transformers as tf
-from engine_zoo import Batch, assert_same_sum, half_clipped, naive, own_losses
+from engine_zoo import (
+    Batch,
+    assert_same_sum,
+    difference,
+    half_clipped,
+    length,
+    naive,
+    own_losses,
+)
 from family_zoo import stir
+from influence import ROUNDING, C, clipped, draws, without
 from left_alone import left_alone
 from peft import LoraConfig, get_peft_model
-from torch import nn
+from test_experts import WIDTH, Fused
+from torch import Tensor, nn
 from user_loop import by_users
 
 from hf_dp.clipping import FlatClipping
@@ -152,3 +163,46 @@ def test_rows_of_one_user_are_one_unit() -> None:
         owners=Owners(sizes),
     )
     assert_same_sum(found, expected, 1e-12)
+
+
+class Given(nn.Module):
+    """Every token to the same two of its experts, with a gradient that the example brings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = Fused().float()
+
+    def forward(self, x: Tensor, g: Tensor) -> Tensor:
+        rows = x.flatten(0, 1)
+        index = torch.tensor([0, 1]).expand(len(rows), 2)
+        out = self.experts(rows, index, torch.ones(len(rows), 2))
+        return (out.view_as(x) * g).sum((1, 2))
+
+
+POISONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "nan": lambda x: torch.full_like(x, torch.nan),
+    "one nan": lambda x: x.index_fill(0, torch.tensor([2]), torch.nan),
+    "inf": lambda x: torch.full_like(x, torch.inf),
+    "1e30": lambda x: x * 1e30,
+    "1e8": lambda x: x * 1e8,
+    "1e-30": lambda x: x * 1e-30,
+    "cancels": lambda x: torch.cat([x[:3], -x[:3] * (1 + 1e-6)]) * 1e5,
+    "zeros": torch.zeros_like,
+}
+
+
+@pytest.mark.parametrize("column", ["x", "g"])
+@pytest.mark.parametrize("poison", POISONS)
+def test_one_example_moves_the_sum_by_at_most_the_sensitivity(poison: str, column: str) -> None:
+    targets = ["experts.up", "experts.down"]
+    config = LoraConfig(r=2, target_modules=[], target_parameters=targets)
+    model: nn.Module = get_peft_model(Given(), config)  # type: ignore[arg-type]
+    stir(model)
+    inputs = {"x": draws(4, 6, WIDTH, seed=5), "g": draws(4, 6, WIDTH, seed=6)}
+    inputs["x"][1, 3:] = inputs["x"][1, :3]
+    inputs[column][1] = POISONS[poison](inputs[column][1])
+    for engine in ("book_keeping", "two_pass"):
+        whole, clean = (clipped(engine, model, each) for each in (inputs, without(inputs, 1)))
+        assert all(torch.isfinite(grad).all() for grad in whole.grads.values())
+        assert length(difference(whole.grads, clean.grads)) <= C * ROUNDING
+        torch.testing.assert_close(whole.norms[[0, 2, 3]], clean.norms, rtol=1e-5, atol=1e-6)
