@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,12 +11,19 @@ from torch import Tensor, nn
 
 from hf_dp.engines.base import ExampleLoss, GradientEngine, empty_sum
 from hf_dp.engines.sequential import SequentialEngine
+from hf_dp.errors import HfDpError
 from hf_dp.plan import PrivacyPlan
 from hf_dp.sums import ClippedSum, NoisySum
 from hf_dp.training.batches import OwnedRows
 from hf_dp.training.held import Held
 from hf_dp.training.memory import MemoryLimit
 from hf_dp.training.packing import APART, apart
+
+_RAISED = (
+    "hf_dp: raised on drawn examples; nothing of this step was released or counted. A micro-batch here may be "
+    "as short as one example without its padding. If the model asks for more positions than a short example "
+    "has, leave such examples out of the dataset."
+)
 
 
 def clipped_sum_of(
@@ -66,12 +74,25 @@ def clipped_sum_of(
             if owned is None
             else limit.each_part_of_users(micro_batch, owned[number], sum_over)
         )
-        for part in parts:
-            summed = part if summed is None else summed + part
+        with _explained():
+            for part in parts:
+                summed = part if summed is None else summed + part
     if summed is None:
         return empty_sum(model, plan.loss_release)
     before.refuse_changes(model)
     return summed
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """Say below an error of the model's, or of the loss's, what is special about its input."""
+    try:
+        yield
+    except HfDpError:
+        raise
+    except Exception as error:
+        error.add_note(_RAISED)
+        raise
 
 
 def tracked(inputs: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -280,6 +280,25 @@ def test_a_poisoned_example_adds_nothing_and_training_goes_on(tmp_path: Path) ->
         assert trainer.state.global_step == 6
 
 
+def test_a_model_that_cannot_take_a_short_example_says_where_it_came_from(tmp_path: Path) -> None:
+    """Among longer ones the stock Trainer would have padded it; nothing is spent on the step."""
+    trainer = trainer_for(tmp_path, coins=FixedCoins(torch.Generator().manual_seed(0)))
+    model: Any = trainer.model
+    forward = model.bert.embeddings.word_embeddings.forward
+
+    def particular(ids: Tensor) -> Tensor:
+        if ids.shape[1] < 4 and (ids[:, 0] >= 8).all():  # not the made-up ones
+            raise RuntimeError("kernel size cannot be greater than input size")
+        return forward(ids)
+
+    model.bert.embeddings.word_embeddings.forward = particular
+    with pytest.raises(RuntimeError, match="kernel size") as raised:
+        trainer.train()
+    [note] = raised.value.__notes__
+    assert "nothing of this step was released" in note and "leave such examples out" in note
+    assert read_ledger(tmp_path / LEDGER_NAME).num_releases < 6
+
+
 def test_nothing_exact_is_logged_by_default(tmp_path: Path) -> None:
     """Peer fault P6: the exact gradient norm and the exact loss were logged."""
     trainer = trainer_for(tmp_path, host={"include_num_input_tokens_seen": "all"})
