@@ -20,7 +20,7 @@ from hf_dp.training.memory import MemoryLimit
 from hf_dp.training.packing import APART, apart
 
 _RAISED = (
-    "hf_dp: raised on drawn examples; nothing of this step was released or counted. A micro-batch here may be "
+    "hf_dp: raised on drawn examples; nothing of this step was released or counted. A micro-batch may be "
     "as short as one example without its padding. If the model asks for more positions than a short example "
     "has, leave such examples out of the dataset."
 )

@@ -295,7 +295,7 @@ def test_a_model_that_cannot_take_a_short_example_says_where_it_came_from(tmp_pa
     with pytest.raises(RuntimeError, match="kernel size") as raised:
         trainer.train()
     [note] = raised.value.__notes__
-    assert "nothing of this step was released" in note and "leave such examples out" in note
+    assert "nothing of this step was released" in note
     assert read_ledger(tmp_path / LEDGER_NAME).num_releases < 6
 
 
