@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from types import FunctionType
 from typing import Any
 
@@ -17,13 +18,11 @@ from torch.utils.data import (
 from transformers import PreTrainedConfig
 
 from hf_dp.errors import ConfigurationError, explain
+from hf_dp.training.tasks import unwrapped
 from hf_dp.training.untracked import refuse_untracked
 
-_CONTRASTIVE = frozenset(
-    {"align", "altclip", "blip", "chinese_clip", "clap", "clip", "clipseg", "flava", "groupvit"}
-    | {"metaclip_2", "owlvit", "siglip", "siglip2", "vision-text-dual-encoder", "xclip"}
-)
-
+_RETURNING = frozenset({"patchtsmixer"})  # an ordinary loss, under the argument of contrastive ones
+_FAMILIES = "transformers.models."
 _SAMPLERS = ("torch.", "accelerate.")  # where those of the Trainer come from
 _COMPETING = frozenset({"NllbMoeTop2Router"})
 
@@ -51,14 +50,24 @@ def refuse_model(model: nn.Module) -> None:
             "The router's balancing loss depends on all examples of a batch.",
             "Set model.config.output_router_logits = False.",
         )
-    if getattr(config, "model_type", None) in _CONTRASTIVE:
+    inner = unwrapped(model)
+    if _is_contrastive(inner):
         raise _coupled(
-            "model.config.model_type",
-            getattr(config, "model_type", None),
+            "model",
+            type(inner).__name__,
             "a model whose loss is a mean over examples",
             "A contrastive loss compares every example with the others of its batch.",
             "Train a head with an ordinary loss on its features.",
         )
+
+
+def _is_contrastive(model: nn.Module) -> bool:
+    """Whether it compares pairs: models of transformers are asked for that loss by ``return_loss``."""
+    of_library = any(base.__module__.startswith(_FAMILIES) for base in type(model).__mro__)
+    family = getattr(getattr(model, "config", None), "model_type", None)
+    if not of_library or family in _RETURNING:
+        return False
+    return "return_loss" in signature(model.forward).parameters
 
 
 def _refuse_module(name: str, module: nn.Module) -> None:

@@ -12,6 +12,7 @@ import transformers as tf
 from tiny_runs import Sentences, collate, refused, tiny_bert, trainer_for
 from torch import nn
 
+from hf_dp.engines import BookKeepingEngine
 from hf_dp.errors import ConfigurationError, PrivacyError
 from hf_dp.ledger import LEDGER_NAME, read_ledger
 
@@ -28,14 +29,33 @@ def with_router_loss() -> nn.Module:
     return model
 
 
-def contrastive() -> nn.Module:
+def of_pairs(name: str) -> nn.Module:
     text = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2} | {
         "intermediate_size": 8,
         "vocab_size": 50,
         "projection_dim": 4,
     }
-    vision = {**text, "image_size": 4, "patch_size": 2}
-    return tf.CLIPModel(tf.CLIPConfig(text_config=text, vision_config=vision, projection_dim=4))
+    parts = {"text_config": text, "vision_config": {**text, "image_size": 4, "patch_size": 2}}
+    model: type[tf.PreTrainedModel] = getattr(tf, name)
+    return model(model.config_class(**parts, projection_dim=4, num_labels=3))
+
+
+def contrastive() -> nn.Module:
+    return of_pairs("CLIPModel")
+
+
+@pytest.mark.parametrize("name", ["SiglipModel", "AltCLIPModel", "Owlv2Model", "ChineseCLIPModel"])
+def test_models_that_compare_pairs_are_refused(tmp_path: Path, name: str) -> None:
+    refused(tmp_path, f"model='{name}'", lambda: trainer_for(tmp_path, model=of_pairs(name)))
+
+
+@pytest.mark.parametrize("name", ["CLIPForImageClassification", "SiglipForImageClassification"])
+def test_a_head_on_features_of_a_contrastive_model_trains(tmp_path: Path, name: str) -> None:
+    rows = [{"pixel_values": torch.rand(3, 4, 4), "labels": n % 3} for n in range(40)]
+    options = {"train_dataset": rows, "data_collator": tf.default_data_collator}
+    trainer = trainer_for(tmp_path, model=of_pairs(name), **options)
+    trainer.train()
+    assert isinstance(trainer.engine.chosen, BookKeepingEngine)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +63,7 @@ def contrastive() -> nn.Module:
     [
         (with_batch_norm, "BatchNorm1d.*GroupNorm"),
         (with_router_loss, "output_router_logits"),
-        (contrastive, "model_type='clip'"),
+        (contrastive, "model='CLIPModel'"),
     ],
 )
 def test_models_whose_examples_influence_one_another(
