@@ -45,7 +45,8 @@ def batch_size(inputs: Mapping[str, Any]) -> int:
                 sorted(sizes),
                 "the same number of rows in every tensor",
                 "A tensor whose rows are not the examples cannot be attributed to one of them.",
-                "Let the data collator return one row per example, or pass example_loss.",
+                "Let the data collator return one row per example. Models that take the patches of all "
+                "pictures in one tensor, as Qwen2-VL does, are not supported.",
             )
         )
     return next(iter(sizes.values()))

@@ -65,8 +65,8 @@ class Held:
         changed += now._numbers.other_than(self._numbers)
         if changed:
             raise PrivacyError(
-                f"model.{changed[0]}: expected a tensor that the forward pass leaves as it is. It gathers "
-                "statistics of private examples, neither clipped nor noised, and is saved with the model. "
+                f"model.{changed[0]}: expected a tensor that the forward pass leaves as it is. It may "
+                "gather statistics of private examples, neither clipped nor noised, and is saved with the model. "
                 "Switch running statistics off (track_running_stats=False), or replace the layer."
             )
 

@@ -198,7 +198,7 @@ def test_ordinary_models_pass_with_room_to_spare(name: str) -> None:
         example_loss=choice.example_loss,
         clipping=FlatClipping(1.0),
         loss_release=LossRelease(),
-        tolerance=TOLERANCE / 20,
+        tolerance=TOLERANCE / 10,
     )
 
 
