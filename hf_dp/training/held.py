@@ -66,7 +66,7 @@ class Held:
         if changed:
             raise PrivacyError(
                 f"model.{changed[0]}: expected a tensor that the forward pass leaves as it is. It may "
-                "gather statistics of private examples, neither clipped nor noised, and is saved with the model. "
+                "gather statistics of private examples, neither clipped nor noised, and is saved with it. "
                 "Switch running statistics off (track_running_stats=False), or replace the layer."
             )
 
