@@ -46,6 +46,7 @@ from hf_dp.training.packing import UserCollator
 from hf_dp.training.planning import Schedule, plan_for, schedule
 from hf_dp.training.refusals import private_copy, refuse_launcher, refuse_options
 from hf_dp.training.refused_parts import (
+    announce_unused_step,
     refuse_collator,
     refuse_dataset,
     refuse_model,
@@ -139,6 +140,7 @@ class DPTrainerMixin(SettledMixin, ShownMixin):
         refuse_model(self.model)
         refuse_collator(self.data_collator)
         refuse_preparing(self)
+        announce_unused_step(self, DPTrainerMixin)
 
     # ---- what is claimed ------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from inspect import signature
 from types import FunctionType
 from typing import Any
@@ -21,11 +22,14 @@ from hf_dp.errors import ConfigurationError, explain
 from hf_dp.training.tasks import unwrapped
 from hf_dp.training.untracked import refuse_untracked
 
+logger = logging.getLogger(__name__)
+
 _RETURNING = frozenset({"patchtsmixer"})  # an ordinary loss, under the argument of contrastive ones
 _FAMILIES = "transformers.models."
 _SAMPLERS = ("torch.", "accelerate.")  # where those of the Trainer come from
 _COMPETING = frozenset({"NllbMoeTop2Router"})
 
+_PLAIN_STEPS = frozenset({"transformers.trainer", "trl.trainer.sft_trainer"})
 _BETWEEN = ("_prepare_inputs", "_prepare_input", "get_batch_samples")  # collator and model
 HOSTS = frozenset({"transformers", "trl", "hf_dp", "accelerate", "torch"})
 
@@ -160,6 +164,22 @@ def refuse_preparing(trainer: object) -> None:
                 "Prepare each example by itself: in the dataset, in the data collator, or in compute_loss, "
                 "which is then called for one example at a time.",
             )
+
+
+def announce_unused_step(trainer: object, private: type) -> None:
+    """Warn of a ``training_step`` below that of `private`, in whose place it would have been run.
+
+    Those of TRL's SFT do no more than to call the next; what others add is left out.
+    """
+    kinds = type(trainer).__mro__
+    below = kinds[kinds.index(private) + 1 :]
+    unused = next((kind for kind in below if "training_step" in vars(kind)), None)
+    if unused is not None and unused.__module__ not in _PLAIN_STEPS:
+        logger.warning(
+            "hf_dp: %s.training_step is not called: the private step takes its place, so what it does "
+            "besides one ordinary step is left out.",
+            unused.__qualname__,
+        )
 
 
 def _of_a_host(function: Any) -> bool:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tiny_runs import refused, trainer_for
+from transformers import Trainer
 
-from hf_dp import DPTrainer
+from hf_dp import DPTrainer, DPTrainerMixin
 
 
 class Mixing:
@@ -39,3 +41,23 @@ def test_a_library_s_wrapper_hides_no_method_of_ones_own(tmp_path: Path) -> None
     wrapped = torch.no_grad()(DPTrainer._prepare_inputs)
     cls = type("Mine", (DPTrainer,), {"_prepare_inputs": wrapped})
     trainer_for(tmp_path, cls=cls)
+
+
+class Steps(Trainer):
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        return super().training_step(*args, **kwargs)
+
+
+class Plain(Trainer):
+    pass
+
+
+@pytest.mark.parametrize(("host", "warned"), [(Steps, True), (Plain, False)])
+def test_a_step_that_is_not_called_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, host: type[Trainer], warned: bool
+) -> None:
+    class Private(DPTrainerMixin, host):  # type: ignore[valid-type, misc]
+        pass
+
+    trainer_for(tmp_path, cls=Private)
+    assert ("Steps.training_step is not called" in caplog.text) == warned
