@@ -78,10 +78,10 @@ class AutomaticEngine(GradientEngine):
             if is_sharded(model):
                 raise  # the other ranks go on as they are
             if not isinstance(reason, UncoveredParameterError) and (
-                self._proved or isinstance(reason, HfDpError) or is_out_of_memory(reason)
+                isinstance(reason, HfDpError) or is_out_of_memory(reason)
             ):
-                raise  # if foreign code failed for another reason, it will fail again
-            refused = _told(reason)
+                raise
+            refused = _told(reason)  # if foreign code failed for another reason, it will fail again
         if summed is None:  # and the error is gone, whose traceback held the graph
             one_by_one = SequentialEngine()
             summed = summed_by(one_by_one)  # what fails here, too, is no reason to go on like this

@@ -216,6 +216,12 @@ def test_foreign_code_that_fails_under_taps_is_taken_one_by_one(
     proved = AutomaticEngine()
     chosen_sum(proved, model, data())
     monkeypatch.setattr(BookKeepingEngine, "clipped_sum", fails)
+    caplog.clear()
+    later = chosen_sum(proved, model, data())  # of one batch nothing is said
+    assert_same_sum(later, naive(model, data(), C, squares), 1e-12)
+    assert isinstance(proved.chosen, BookKeepingEngine)
+    assert not caplog.text
+    monkeypatch.setattr(SequentialEngine, "clipped_sum", fails)
     with pytest.raises(kind, match=reason):
         chosen_sum(proved, model, data())
 
