@@ -8,6 +8,7 @@ from hf_dp._validate import one_of
 from hf_dp.engines.automatic import AutomaticEngine
 from hf_dp.engines.base import ExampleLoss, GradientEngine
 from hf_dp.engines.book_keeping import BookKeepingEngine
+from hf_dp.engines.rows import OneExample
 from hf_dp.engines.sequential import SequentialEngine
 from hf_dp.engines.two_pass import TwoPassEngine
 from hf_dp.layers.base import LayerRules
@@ -33,6 +34,7 @@ __all__ = [
     "BookKeepingEngine",
     "ExampleLoss",
     "GradientEngine",
+    "OneExample",
     "SequentialEngine",
     "TwoPassEngine",
     "engine_named",

@@ -13,7 +13,7 @@ from hf_dp.clipping.loss import LossRelease
 from hf_dp.engines.base import ExampleLoss, GradientEngine, empty_sum, is_out_of_memory
 from hf_dp.engines.book_keeping import BookKeepingEngine
 from hf_dp.engines.owners import Owners
-from hf_dp.engines.rows import batch_size
+from hf_dp.engines.rows import OneExample, batch_size
 from hf_dp.engines.sequential import SequentialEngine
 from hf_dp.engines.sharded import is_sharded
 from hf_dp.engines.two_pass import TwoPassEngine
@@ -59,7 +59,6 @@ class AutomaticEngine(GradientEngine):
     ) -> ClippedSum:
         if batch_size(inputs) == 0 and not is_sharded(model):
             return empty_sum(model, loss_release)
-        engine = self._chosen_for(model)
 
         def summed_by(engine: GradientEngine) -> ClippedSum:
             return engine.clipped_sum(
@@ -71,6 +70,9 @@ class AutomaticEngine(GradientEngine):
                 owners=owners,
             )
 
+        if isinstance(inputs, OneExample):
+            return summed_by(SequentialEngine())
+        engine = self._chosen_for(model)
         summed, refused = None, ""
         try:
             summed = summed_by(engine)

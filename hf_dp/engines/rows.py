@@ -14,12 +14,21 @@ from hf_dp.errors import ConfigurationError, explain
 _SHARED_BY_ALL = frozenset({"position_ids"})
 
 
+class OneExample(dict[str, Any]):
+    """A batch of one example, whatever the sizes of its tensors: the patches of all its pictures, say.
+
+    It has one row, which is all of it. Only plain autograd is right for it, so every engine hands it to
+    the sequential one.
+    """
+
+
 def batch_size(inputs: Mapping[str, Any]) -> int:
     """How many examples the batch holds.
 
     Args:
         inputs: What a collator returned: tensors, arrays and lists with one row per example;
-            numbers, flags, strings, None and 0-d tensors are settings that all examples share.
+            numbers, flags, strings, None and 0-d tensors are settings that all examples share. Or
+            `OneExample`.
 
     Returns:
         The common leading size of every tensor, array and list.
@@ -27,6 +36,8 @@ def batch_size(inputs: Mapping[str, Any]) -> int:
     Raises:
         ConfigurationError: If there is none, or they disagree, or a value cannot be cut.
     """
+    if isinstance(inputs, OneExample):
+        return 1
     sizes = {name: size for name, value in inputs.items() for size in _leading_sizes(name, value)}
     if not sizes:
         raise ConfigurationError(
@@ -45,8 +56,9 @@ def batch_size(inputs: Mapping[str, Any]) -> int:
                 sorted(sizes),
                 "the same number of rows in every tensor",
                 "A tensor whose rows are not the examples cannot be attributed to one of them.",
-                "Let the data collator return one row per example. Models that take the patches of all "
-                "pictures in one tensor, as Qwen2-VL does, are not supported.",
+                "Let the data collator return one row per example. Where a model takes the patches of all "
+                "pictures in one tensor, as Qwen2-VL does, pass hf_dp.engines.OneExample(batch) for each "
+                "example; DPTrainer does so by itself.",
             )
         )
     return next(iter(sizes.values()))
@@ -57,18 +69,28 @@ def row(inputs: Mapping[str, Any], index: int) -> dict[str, Any]:
     size = batch_size(inputs)
     if not 0 <= index < size:
         raise IndexError("the batch has no such row")
-    return {name: _cut(name, value, slice(index, index + 1)) for name, value in inputs.items()}
+    return rows(inputs, index, index + 1)
 
 
 def rows(inputs: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]:
     """The examples from `start` to before `stop` as a smaller batch: a new dict whose tensors are views."""
+    if isinstance(inputs, OneExample):
+        return OneExample(_the_only(inputs, range(start, stop)))
     return {name: _cut(name, value, slice(start, stop)) for name, value in inputs.items()}
 
 
 def select_rows(inputs: Mapping[str, Any], indices: Sequence[int]) -> dict[str, Any]:
     """The examples at `indices`, in that order, as a smaller batch: a new dict of copies."""
     batch_size(inputs)
+    if isinstance(inputs, OneExample):
+        return OneExample(_the_only(inputs, indices))
     return {name: _pick(name, value, list(indices)) for name, value in inputs.items()}
+
+
+def _the_only(inputs: OneExample, indices: Sequence[int]) -> OneExample:
+    if list(indices) != [0]:
+        raise IndexError("a batch of one example has one row, which cannot be left out or repeated")
+    return inputs
 
 
 def _leading_sizes(name: str, value: object) -> Iterator[int]:

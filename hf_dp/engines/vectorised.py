@@ -26,7 +26,7 @@ from hf_dp.engines.given_losses import with_own_batches
 from hf_dp.engines.lost import refuse_lost
 from hf_dp.engines.owners import Owners, checked_owners
 from hf_dp.engines.recorder import Recorder
-from hf_dp.engines.rows import batch_size
+from hf_dp.engines.rows import OneExample, batch_size
 from hf_dp.engines.sequential import SequentialEngine
 from hf_dp.engines.sharded import is_sharded
 from hf_dp.engines.taken_out import without_dropped
@@ -79,6 +79,8 @@ class VectorisedEngine(GradientEngine):
                 owners=owned,
             )
 
+        if isinstance(inputs, OneExample):
+            return summed_by(SequentialEngine(), inputs, owners)
         fit = self._fit(model, clipping)
         if (batch_size(inputs) if owners is None else owners.num_units) > fit:
             parts = (summed_by(self, *part) for part in cut(inputs, owners, fit))

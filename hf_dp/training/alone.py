@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_dp.engines.rows import batch_size, row
+from hf_dp.engines.rows import OneExample, batch_size, row
 from hf_dp.errors import ConfigurationError, explain
 from hf_dp.training.positions import axis_of
 from hf_dp.training.reductions import IGNORED
@@ -73,7 +73,7 @@ def alone(model: nn.Module, inputs: Mapping[str, Any], index: int) -> dict[str, 
     Columns that ``attention_mask`` hides before its first and after its last token go. Left
     padding stays in question answering, whose targets count positions. Nothing is cut where a
     tensor of that width is not known to be per token, nor from sequence-to-sequence models, whose
-    labels have a length of their own.
+    labels have a length of their own. `OneExample` stays as it is.
 
     Args:
         model: Asked whether it is an encoder-decoder.
@@ -81,6 +81,8 @@ def alone(model: nn.Module, inputs: Mapping[str, Any], index: int) -> dict[str, 
         index: Which row.
     """
     one = row(inputs, index)
+    if isinstance(inputs, OneExample):
+        return one
     names = _cut_by_the_mask(model, one)
     if not names or not bool(one["attention_mask"].any()):
         return one

@@ -21,6 +21,7 @@ from hf_dp.training.joining import (
     Collator,
     Fills,
     Tried,
+    as_one_example,
     has_no_positions,
     ignores_all,
     is_blank,
@@ -183,7 +184,7 @@ class LogicalBatchCollator:
 
     def _batch_of(self, example: Any) -> Mapping[str, Any] | None:
         try:
-            batch = self._whole_row(self.collator([example]))
+            batch = self._whole_row(as_one_example(self.collator([example]), self.length_key))
         except Exception:  # an empty line stops no run, whatever a collator makes of it
             if is_blank(example, self.length_key) or self._translates_nothing(example):
                 return None

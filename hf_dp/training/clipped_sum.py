@@ -22,7 +22,7 @@ from hf_dp.engines import (
 )
 from hf_dp.engines.base import refuse_without_gradients
 from hf_dp.engines.owners import Owners, UserReduction
-from hf_dp.engines.rows import batch_size, row, select_rows
+from hf_dp.engines.rows import OneExample, batch_size, row, select_rows
 from hf_dp.errors import ConfigurationError, explain
 from hf_dp.events import Norm
 from hf_dp.layers import DEFAULT_LAYER_RULES, LayerRules
@@ -203,6 +203,8 @@ def _names_one(user: object) -> bool:
 def _default_loss(
     model: nn.Module, batch: Mapping[str, Any], engine: GradientEngine
 ) -> tuple[ExampleLoss, GradientEngine]:
+    if isinstance(batch, OneExample):
+        return definition_loss(_own_loss), SequentialEngine()
     if not isinstance(engine, SequentialEngine) and batch_size(batch) > 0:
         choice = _choice(model, batch)
         untried = not _was_tried(model, batch, choice)

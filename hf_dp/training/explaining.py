@@ -13,6 +13,7 @@ from transformers import AutoConfig
 from hf_dp.engines import engine_named
 from hf_dp.engines.base import ExampleLoss, GradientEngine
 from hf_dp.engines.explain import EngineReport, explain_engine
+from hf_dp.engines.rows import OneExample
 from hf_dp.errors import ConfigurationError, explain
 from hf_dp.events import Norm
 from hf_dp.training.made_up import made_up_rows
@@ -56,6 +57,17 @@ def explain_training(
     Raises:
         ConfigurationError: The model does not take the made-up examples.
     """
+    if isinstance(columns, OneExample):
+        raise ConfigurationError(
+            explain(
+                "explain_engine",
+                type(unwrapped(model)).__name__,
+                "examples whose tensors have one row each",
+                "The patches of several pictures are in one tensor, so all parameters are clipped by plain "
+                "autograd, one example at a time (engine='sequential'), and there is nothing to choose.",
+                "Train as you are.",
+            )
+        )
     length = _within_positions(model, length)
     try:
         width = None if reads_text(columns) else width_of(columns)

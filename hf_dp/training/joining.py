@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_dp.engines.rows import batch_size
+from hf_dp.engines.rows import OneExample, batch_size
 from hf_dp.training.padding import padded_on_the_left
 from hf_dp.training.positions import axis_of
 from hf_dp.training.reductions import IGNORED
@@ -98,6 +98,8 @@ def fills_of(collate: Collator, item: Any) -> dict[str, int | float]:
 
 def kind_of(batch: Mapping[str, Any], fills: Fills, tried: Tried | None = None) -> Hashable:
     """What two batches of one example have in common if `join` may put them together."""
+    if isinstance(batch, OneExample):
+        return id(batch)
     tried = tried or Tried()
     if not tried.covers(batch):
         fills = {}
@@ -131,6 +133,20 @@ def width_of(batch: Mapping[str, Any], key: str) -> int:
         if isinstance(value, Tensor) and value.dim() >= 2:
             return value.shape[1:][: axis_of(batch)].numel()
     return 0
+
+
+def as_one_example(batch: Any, key: str) -> Any:
+    """`batch`, marked as `OneExample` if it has one main input and other tensors have other numbers of rows.
+
+    Args:
+        batch: What a collator made of one example: all of it is that example's.
+        key: The model's main input.
+    """
+    main = batch.get(key) if isinstance(batch, Mapping) else None
+    if not isinstance(main, Tensor) or main.dim() < 2 or len(main) != 1:
+        return batch
+    rows = [len(v) for v in batch.values() if isinstance(v, Tensor) and v.dim() > 0]
+    return OneExample(batch) if set(rows) != {1} else batch
 
 
 def is_blank(example: Any, key: str) -> bool:

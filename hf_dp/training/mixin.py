@@ -229,7 +229,7 @@ class DPTrainerMixin(SettledMixin, ShownMixin):
         host = super().get_train_dataloader()
         refuse_sampler(host)
         choice = self._settle_loss(host)
-        key = getattr(self.model, "main_input_name", "input_ids")
+        key = self._main_input
         sampler = LogicalBatchSampler(
             claim.plan.sampler,
             self._schedule.drawn_from,

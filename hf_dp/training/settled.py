@@ -22,7 +22,7 @@ from hf_dp.training.batches import without_column
 from hf_dp.training.choice import Choice, announce, choose
 from hf_dp.training.chosen_noise import norm_of
 from hf_dp.training.explaining import explain_training
-from hf_dp.training.joining import Fills, fills_of, is_blank
+from hf_dp.training.joining import Collator, Fills, as_one_example, fills_of, is_blank
 from hf_dp.training.lines import Lines
 from hf_dp.training.lost_weights import refuse_lost_weights
 from hf_dp.training.memoryless import refuse_memory
@@ -80,10 +80,9 @@ class SettledMixin(_Host):
                 refuse_own_draws(host.dataset, len(self.train_dataset))
             items = self._some_items(host)
             refuse_memory(host.collate_fn, items)
-            item = items[0]
-            self._fills = fills_of(host.collate_fn, item)
-            padding = self._fills.get(getattr(self.model, "main_input_name", "input_ids"))
-            columns = self._prepare_inputs(host.collate_fn([copy.deepcopy(item)]))
+            self._fills = fills_of(host.collate_fn, items[0])
+            padding = self._fills.get(self._main_input)
+            columns = self._columns_of(items[0], host.collate_fn)
             if own and self._given_loss is None:
                 refuse_unread_columns(self.model, columns)
             self._choice = choose(
@@ -124,9 +123,7 @@ class SettledMixin(_Host):
         host = super().get_train_dataloader()
         self._settle_loss(host)
         with self._lines.silent(), self.coins.for_library_code():
-            columns = self._prepare_inputs(
-                host.collate_fn([copy.deepcopy(self._some_items(host)[0])])
-            )
+            columns = self._columns_of(self._some_items(host)[0], host.collate_fn)
             return explain_training(
                 self.model,
                 columns,
@@ -144,9 +141,20 @@ class SettledMixin(_Host):
             _of_each, self.compute_loss_context_manager, self._choice.example_loss
         )
 
+    @property
+    def _main_input(self) -> str:
+        """The column that the model reads first."""
+        return getattr(self.model, "main_input_name", "input_ids")
+
+    def _columns_of(self, item: Any, collate: Collator) -> Mapping[str, Any]:
+        """A batch of this example, on the model's device."""
+        batch = as_one_example(collate([copy.deepcopy(item)]), self._main_input)
+        columns: Mapping[str, Any] = self._prepare_inputs(batch)
+        return columns
+
     def _some_items(self, host: DataLoader[Any]) -> list[Any]:
         """A few examples as collators may see them; empty lines, which have no columns, only if all are."""
-        key = getattr(self.model, "main_input_name", "input_ids")
+        key = self._main_input
         rows = (host.dataset[place] for place in some_places(len(self.train_dataset)))
         items = [without_column(row, self._ownership.column) for row in rows]
         return [item for item in items if not is_blank(item, key)] or items

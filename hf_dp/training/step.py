@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_dp.engines.base import ExampleLoss, GradientEngine, empty_sum
+from hf_dp.engines.rows import OneExample
 from hf_dp.engines.sequential import SequentialEngine
 from hf_dp.errors import HfDpError
 from hf_dp.plan import PrivacyPlan
@@ -101,6 +102,8 @@ def tracked(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
     if pieces is not None:
         return {APART: [tracked(piece) for piece in pieces]}
     made = {n: v.clone() for n, v in inputs.items() if isinstance(v, Tensor) and v.is_inference()}
+    if isinstance(inputs, OneExample):
+        return OneExample({**inputs, **made})
     return {**inputs, **made} if made else inputs
 
 
