@@ -113,6 +113,19 @@ def test_a_gradient_that_mixes_examples_is_seen_where_the_loss_does_not() -> Non
         fly(Reader(DetachedScale()))
 
 
+def faintly_mixed(model: nn.Module, inputs: Batch) -> Tensor:
+    """The shortest has a gradient of a thousandth, half of which is its batch mates' size."""
+    losses = loss_of(model, inputs)
+    shortest = inputs["mask"].sum(1) == 2
+    mixed = losses.detach() + (losses - losses.detach()) * (0.5 + 0.5 / len(losses))
+    return torch.where(shortest, 1e-3 * mixed, losses)
+
+
+def test_a_faint_gradient_that_mixes_examples_is_seen() -> None:
+    with pytest.raises(ConfigurationError, match="batch mates"):
+        fly(Reader(), faintly_mixed)
+
+
 def test_what_examples_one_by_one_cannot_do_to_one_another_is_let_pass() -> None:
     for model, loss in ((Reader(Centred()), loss_of), (Reader(Widened()), by_the_longest)):
         fly(model, loss, one_by_one=True)

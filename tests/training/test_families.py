@@ -229,6 +229,31 @@ def test_lora_on_fixed_coins_equals_one_example_at_a_time(tmp_path: Path) -> Non
         torch.testing.assert_close(result, results[-1], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("targets", [["q_proj"], ["k_proj"], ["q_proj", "k_proj"]])
+@pytest.mark.parametrize("width", [16, 128])
+def test_lora_of_queries_and_keys_alone(tmp_path: Path, targets: list[str], width: int) -> None:
+    """In a text of two tokens nothing but rounding reaches them."""
+    texts = [row["input_ids"] for row in Sentences().rows]
+    rows = [{"input_ids": t, "labels": t, "attention_mask": [1] * len(t)} for t in texts]
+    model = tf.LlamaForCausalLM(
+        tf.LlamaConfig(
+            vocab_size=50,
+            hidden_size=width,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+        )
+    )
+    trainer = trainer_for(
+        tmp_path,
+        model=get_peft_model(model, LoraConfig(r=2, target_modules=targets)),
+        train_dataset=rows,
+        data_collator=pad_labels,
+    )
+    trainer.train()
+    assert isinstance(trainer.engine.chosen, BookKeepingEngine)
+
+
 def test_lora_of_fused_experts_leaves_parameters_where_they_are(tmp_path: Path) -> None:
     """PEFT takes these out of the model on each call and puts back what it was given in their places."""
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
