@@ -6,7 +6,8 @@ tensor or a numpy view leaves no trace in a count.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,9 @@ _WORD = 8  # bytes
 _PLAIN = (Tensor, nn.Parameter)
 _COPIED = 1 << 18  # bytes; what is smaller is kept whole
 _SUMMED = 1 << 15  # bytes of what is larger that make one sum
+
+
+_MARK = "_hf_dp_holds_examples"  # on modules of which a drawn example changed a tensor
 
 
 class _Kept(NamedTuple):
@@ -60,15 +64,48 @@ class Held:
         Raises:
             PrivacyError: A number in a parameter or a buffer is another, or a saved one is new.
         """
+        _refuse(self.changed_in(model))
+
+    def changed_in(self, model: nn.Module) -> list[str]:
+        """The names of those that would be refused."""
         now = Held(model)
         changed = [name for name, new in now._kept.items() if _is_other(self._kept.get(name), new)]
         changed += now._numbers.other_than(self._numbers)
-        if changed:
+        return changed
+
+
+def _refuse(changed: Sequence[str]) -> None:
+    if changed:
+        raise PrivacyError(
+            f"model.{changed[0]}: expected a tensor that the forward pass leaves as it is. It may "
+            "gather statistics of private examples, neither clipped nor noised, and is saved with it. "
+            "Load the model anew, and switch running statistics off (track_running_stats=False), or "
+            "replace the layer."
+        )
+
+
+@contextlib.contextmanager
+def holding_nothing(model: nn.Module) -> Iterator[None]:
+    """Within it drawn examples go through `model`; what it keeps of them makes it of no use from then on.
+
+    Raises:
+        PrivacyError: See `Held.refuse_changes`; or it kept something of an earlier draw.
+    """
+    for name, module in model.named_modules():
+        if _MARK in vars(module):
             raise PrivacyError(
-                f"model.{changed[0]}: expected a tensor that the forward pass leaves as it is. It may "
-                "gather statistics of private examples, neither clipped nor noised, and is saved with it. "
-                "Switch running statistics off (track_running_stats=False), or replace the layer."
+                f"model.{name}: expected a layer that holds nothing of any example. An earlier step "
+                "was refused because drawn examples had changed its tensors, neither clipped nor noised. "
+                "Load the model anew, and switch off or replace what gathers statistics."
             )
+    before = Held(model)
+    try:
+        yield
+    finally:
+        changed = before.changed_in(model)
+        for name in changed:
+            vars(model.get_submodule(name.rpartition(".")[0]))[_MARK] = True
+        _refuse(changed)
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, _Kept]]:

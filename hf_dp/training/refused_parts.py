@@ -100,6 +100,15 @@ def _refuse_module(name: str, module: nn.Module) -> None:
             "example to full attention.",
             "Load the model with attention_type='original_full'.",
         )
+    averaged = set(getattr(module, "lora_velora_init_type", {}).values()) - {"random"}
+    if averaged:
+        raise _coupled(
+            f"{name}.velora_config.init_type",
+            sorted(averaged),
+            "'random'",
+            "An average over the batch, kept with the model, would enter every example's gradient.",
+            "Use VeloraConfig(init_type='random').",
+        )
     if type(module).__name__ in _COMPETING:
         raise _coupled(
             name,

@@ -16,7 +16,7 @@ from hf_dp.errors import HfDpError
 from hf_dp.plan import PrivacyPlan
 from hf_dp.sums import ClippedSum, NoisySum
 from hf_dp.training.batches import OwnedRows
-from hf_dp.training.held import Held
+from hf_dp.training.held import holding_nothing
 from hf_dp.training.memory import MemoryLimit
 from hf_dp.training.packing import APART, apart
 
@@ -52,7 +52,6 @@ def clipped_sum_of(
         PrivacyError: The model keeps something of the examples in a parameter or a buffer.
         ConfigurationError: An example does not fit in memory even by itself.
     """
-    before = Held(model)
     limit = limit or MemoryLimit()
 
     def sum_over(inputs: Mapping[str, Any], whose: OwnedRows | None = None) -> ClippedSum:
@@ -69,19 +68,17 @@ def clipped_sum_of(
         )
 
     summed: ClippedSum | None = None
-    for number, micro_batch in enumerate(micro_batches):
-        parts = (
-            limit.each_part(micro_batch, sum_over)
-            if owned is None
-            else limit.each_part_of_users(micro_batch, owned[number], sum_over)
-        )
-        with _explained():
-            for part in parts:
-                summed = part if summed is None else summed + part
-    if summed is None:
-        return empty_sum(model, plan.loss_release)
-    before.refuse_changes(model)
-    return summed
+    with holding_nothing(model):
+        for number, micro_batch in enumerate(micro_batches):
+            parts = (
+                limit.each_part(micro_batch, sum_over)
+                if owned is None
+                else limit.each_part_of_users(micro_batch, owned[number], sum_over)
+            )
+            with _explained():
+                for part in parts:
+                    summed = part if summed is None else summed + part
+    return empty_sum(model, plan.loss_release) if summed is None else summed
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny_runs import tiny_bert, trainer_for
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
 from hf_dp.errors import PrivacyError
 from hf_dp.ledger import LEDGER_NAME, read_ledger
@@ -62,6 +63,38 @@ def test_what_the_forward_pass_changes_is_refused(tmp_path: Path, how: str) -> N
     with pytest.raises(PrivacyError, match=r"model\.dropout\.\w+: expected a tensor that the"):
         trainer.train()
     assert read_ledger(tmp_path / LEDGER_NAME).num_releases == 0
+
+
+@pytest.mark.parametrize("how", ["data in place", "frozen", "unsaved"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_model_that_kept_something_is_of_no_use_any_more(
+    tmp_path: Path, how: str, fails: bool
+) -> None:
+    """Even if it keeps nothing from then on: what it has enters later steps, and what is saved."""
+
+    def once(book: Book, new: Tensor) -> None:
+        book.change = None
+        CHANGES[how](book, new)
+        if fails:
+            raise ValueError("whatever")
+
+    class FromTheFirstStep(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            model.dropout.change = once
+
+    model = tiny_bert()
+    model.dropout = Book()
+    options = {"dp": {"engine": "sequential", "preflight": False}, "model": model}
+    trainer = trainer_for(tmp_path, **options, callbacks=[FromTheFirstStep()])
+    with pytest.raises(PrivacyError, match=r"expected a tensor that the .* Load the model anew"):
+        trainer.train()
+    trainer.remove_callback(FromTheFirstStep)
+    for other in (trainer, trainer_for(tmp_path / "other", **options)):
+        with pytest.raises(PrivacyError, match=r"^model\.dropout: .* Load the model anew"):
+            other.train()
+    assert read_ledger(tmp_path / LEDGER_NAME).num_releases == 0
+    model.dropout = Book()
+    trainer_for(tmp_path / "mended", **options).train()
 
 
 def test_counts_of_changes_alone_would_miss_them(

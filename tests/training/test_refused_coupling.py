@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
-from tiny_runs import Sentences, collate, trainer_for
+from peft import LoraConfig, get_peft_model
+from tiny_runs import Sentences, collate, tiny_bert, trainer_for
 from torch.utils.data import Subset
 from transformers import (
     BigBirdConfig,
@@ -34,6 +36,21 @@ def test_rotary_positions_that_depend_on_the_longest_example_are_refused(
     model.config.rope_parameters = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0}
     with pytest.raises(ConfigurationError, match="longest example of a batch"):
         trainer_for(tmp_path, model=model)
+
+
+@pytest.mark.parametrize("how", ["batch_average", "batch_average_once"])
+def test_adapters_that_average_a_batch_are_refused(tmp_path: Path, how: str) -> None:
+    velora = getattr(peft.tuners.lora, "VeloraConfig", None)
+    if velora is None:
+        pytest.skip("an older peft")
+
+    def adapted(how: str) -> Any:
+        config = LoraConfig(target_modules=["query"], velora_config=velora(2, init_type=how))
+        return get_peft_model(tiny_bert(), config)
+
+    with pytest.raises(ConfigurationError, match=r"velora_config\.init_type=\['batch_average"):
+        trainer_for(tmp_path, model=adapted(how))
+    trainer_for(tmp_path, model=adapted("random")).train()
 
 
 def test_attention_in_blocks_that_follow_the_batch_is_refused(tmp_path: Path) -> None:
