@@ -22,6 +22,7 @@ from hf_dp.training.joining import (
     Fills,
     Tried,
     as_one_example,
+    differ_in_size,
     has_no_positions,
     ignores_all,
     is_blank,
@@ -92,11 +93,16 @@ class LogicalBatch:
         micro_batches: Sequence[Any],
         place: Place | None = None,
         owned: Sequence[OwnedRows] | None = None,
+        alone: Sequence[Sequence[Any] | None] | None = None,
     ) -> None:
-        """Hold what the collator made of each micro-batch, which draw it was made of, and whose it is."""
+        """Hold what the collator made of each micro-batch, which draw it was made of, and whose it is.
+
+        And, where it filled examples up, the batches of one example each of which it made one.
+        """
         self.micro_batches = list(micro_batches)
         self.place = place
         self.owned = None if owned is None else list(owned)
+        self.alone = [None] * len(self.micro_batches) if alone is None else list(alone)
 
     def __contains__(self, key: object) -> bool:
         return False
@@ -105,7 +111,7 @@ class LogicalBatch:
         """Pin every tensor, as ``dataloader_pin_memory`` asks."""
         pin: Callable[[Any], Any] = torch.utils.data._utils.pin_memory.pin_memory
         pinned = [pin(micro_batch) for micro_batch in self.micro_batches]
-        return LogicalBatch(pinned, self.place, self.owned)
+        return LogicalBatch(pinned, self.place, self.owned, self.alone)
 
 
 def drawn(inputs: Any) -> LogicalBatch:
@@ -152,9 +158,10 @@ class LogicalBatchCollator:
         alike: dict[Hashable, list[Any]] = defaultdict(list)
         for batch in self._collated(examples):
             alike[self._kind(batch)].append(batch)
-        pieces = itertools.chain.from_iterable(map(self._pieces, alike.values()))
+        pieces = list(itertools.chain.from_iterable(map(self._pieces, alike.values())))
         batches = [join(piece, self.fills) for piece in pieces]
-        return LogicalBatch(batches, getattr(examples, "place", None))
+        alone = [piece if differ_in_size(piece) else None for piece in pieces]
+        return LogicalBatch(batches, getattr(examples, "place", None), alone=alone)
 
     @property
     def one_by_one(self) -> bool:

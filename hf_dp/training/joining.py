@@ -123,6 +123,15 @@ def join(batches: Sequence[Mapping[str, Any]], fills: Fills) -> Mapping[str, Any
     return joined  # type: ignore[no-any-return]
 
 
+def differ_in_size(batches: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether `join` fills some of them up."""
+    sizes = (
+        {n: v.shape[1:] for n, v in batch.items() if isinstance(v, Tensor)} for batch in batches
+    )
+    first = next(sizes)
+    return any(size != first for size in sizes)
+
+
 def width_of(batch: Mapping[str, Any], key: str) -> int:
     """Positions of an example, by the model's main input or else by its mask; 0 where it has none.
 

@@ -28,7 +28,6 @@ from hf_dp.layers import DEFAULT_LAYER_RULES, LayerRules
 from hf_dp.plan import PrivacyPlan
 from hf_dp.training.arguments import DPArguments, checked
 from hf_dp.training.batches import (
-    LogicalBatch,
     LogicalBatchCollator,
     LogicalBatchSampler,
     drawn,
@@ -296,12 +295,13 @@ class DPTrainerMixin(SettledMixin, ShownMixin):
             self._rehearse(model, plan)
             summed = clipped_sum_of(
                 model,
-                self._on_device(batch),
+                map(self._on_device, batch.micro_batches),
                 engine=self.engine,
                 example_loss=self._loss_of_each,
                 plan=plan,
                 limit=self._memory,
                 owned=batch.owned,
+                alone=lambda place: map(self._on_device, batch.alone[place] or ()),
             )
         self._lines.observe(summed)
         spending.record(batch.place, step=self.state.global_step)
@@ -339,6 +339,5 @@ class DPTrainerMixin(SettledMixin, ShownMixin):
             )
         return self._spending
 
-    def _on_device(self, inputs: LogicalBatch) -> Iterator[Mapping[str, Any]]:
-        for micro_batch in inputs.micro_batches:
-            yield tracked(self._prepare_inputs(micro_batch))
+    def _on_device(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        return tracked(self._prepare_inputs(batch))

@@ -10,7 +10,7 @@ from typing import Any
 
 from hf_dp.engines.owners import Owners, UserReduction
 from hf_dp.training.batches import LogicalBatch, LogicalBatchCollator, OwnedRows
-from hf_dp.training.joining import join
+from hf_dp.training.joining import differ_in_size, join
 
 APART = "collated apart"
 """The one field of a micro-batch whose examples stay apart: their batches."""
@@ -42,8 +42,13 @@ class UserCollator(LogicalBatchCollator):
             alike[kinds.pop() if len(kinds) == 1 else id(rows)].append(rows)
         packs = list(itertools.chain.from_iterable(map(self._packs, alike.values())))
         owned = [self._owned(pack) for pack in packs]
-        batches = [self._joined(pack) for pack in packs]
-        return LogicalBatch(batches, getattr(examples, "place", None), owned)
+        together = [[row for user in pack for row in user] for pack in packs]
+        batches = [self._joined(pack) for pack in together]
+        alone = [
+            pack if differ_in_size(pack) and not apart(batch) else None
+            for pack, batch in zip(together, batches, strict=True)
+        ]
+        return LogicalBatch(batches, getattr(examples, "place", None), owned, alone)
 
     def _packs(self, users: list[_User]) -> Iterator[list[_User]]:
         """Users that go together, none of them in two packs."""
@@ -63,8 +68,7 @@ class UserCollator(LogicalBatchCollator):
         sizes = tuple(map(len, pack))
         return OwnedRows(Owners(sizes, self.reduction), self._at_once(self._longest(pack)))
 
-    def _joined(self, pack: list[_User]) -> Mapping[str, Any]:
-        rows = [row for user in pack for row in user]
+    def _joined(self, rows: _User) -> Mapping[str, Any]:
         kinds = set(map(self._kind, rows))
         if len(rows) > 1 and (self.one_by_one or len(kinds) > 1):
             return {APART: rows}

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_dp.engines.base import ExampleLoss, GradientEngine, empty_sum
-from hf_dp.engines.rows import OneExample
+from hf_dp.engines.owners import Owners
+from hf_dp.engines.rows import OneExample, batch_size
 from hf_dp.engines.sequential import SequentialEngine
 from hf_dp.errors import HfDpError
 from hf_dp.plan import PrivacyPlan
 from hf_dp.sums import ClippedSum, NoisySum
 from hf_dp.training.batches import OwnedRows
+from hf_dp.training.dropped import Batches, Units
 from hf_dp.training.held import holding_nothing
 from hf_dp.training.memory import MemoryLimit
 from hf_dp.training.packing import APART, apart
@@ -36,6 +39,7 @@ def clipped_sum_of(
     plan: PrivacyPlan,
     limit: MemoryLimit | None = None,
     owned: Sequence[OwnedRows] | None = None,
+    alone: Callable[[int], Iterable[Mapping[str, Any]]] = lambda _: (),
 ) -> ClippedSum:
     """The clipped sum over all micro-batches of a draw; zeros for an empty draw.
 
@@ -47,6 +51,8 @@ def clipped_sum_of(
         plan: Its clipping and its loss release.
         limit: What is known of the memory; a micro-batch that does not fit is halved.
         owned: Whose the rows of each micro-batch are; None where each is a unit by itself.
+        alone: Place of a micro-batch -> the batches of one example each of which it was made, without the
+            padding that others brought; nothing where there was none.
 
     Raises:
         PrivacyError: The model keeps something of the examples in a parameter or a buffer.
@@ -67,16 +73,28 @@ def clipped_sum_of(
             owners=None if whose is None or max(whose.owners.sizes) == 1 else whose.owners,
         )
 
+    def parts_of(place: int, micro_batch: Mapping[str, Any]) -> Iterator[ClippedSum]:
+        whose = None if owned is None else owned[place]
+        reduction = "mean" if whose is None else whose.owners.reduction
+
+        def again(batches: Batches) -> ClippedSum:
+            one = Owners((len(batches),), reduction)
+            return sum_over({APART: batches}, OwnedRows(one, 1))
+
+        sizes = [1] * batch_size(micro_batch) if whose is None else list(whose.owners.sizes)
+        units = Units(sizes, functools.partial(alone, place), again)
+        parts = (
+            limit.each_part(micro_batch, sum_over)
+            if whose is None
+            else limit.each_part_of_users(micro_batch, whose, sum_over)
+        )
+        return map(units.with_dropped_again, parts)
+
     summed: ClippedSum | None = None
     with holding_nothing(model):
-        for number, micro_batch in enumerate(micro_batches):
-            parts = (
-                limit.each_part(micro_batch, sum_over)
-                if owned is None
-                else limit.each_part_of_users(micro_batch, owned[number], sum_over)
-            )
+        for place, micro_batch in enumerate(micro_batches):
             with _explained():
-                for part in parts:
+                for part in parts_of(place, micro_batch):
                     summed = part if summed is None else summed + part
     return empty_sum(model, plan.loss_release) if summed is None else summed
 

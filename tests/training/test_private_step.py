@@ -146,8 +146,8 @@ def test_an_empty_draw_is_a_step_with_noise_and_a_release(tmp_path: Path) -> Non
     sizes: list[int] = []
     collated = LogicalBatch.__init__
 
-    def spy(self: LogicalBatch, *given: Any) -> None:
-        collated(self, *given)
+    def spy(self: LogicalBatch, *given: Any, **named: Any) -> None:
+        collated(self, *given, **named)
         sizes.append(sum(len(m["labels"]) for m in self.micro_batches))
 
     with pytest.MonkeyPatch.context() as patch:
