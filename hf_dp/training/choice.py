@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from hf_dp.training.joining import MASK, Tried
 from hf_dp.training.losses import choose_example_loss
 from hf_dp.training.made_up import MadeUpRows, attempts, each_alone
 from hf_dp.training.own_forward import has_library_loss
-from hf_dp.training.padding import padding_matters
+from hf_dp.training.padding import padded_up_to, padding_matters
 from hf_dp.training.positions import axis_of
 from hf_dp.training.tasks import closing_token, is_encoder_decoder, unwrapped
 
@@ -39,6 +39,7 @@ class Choice:
         alone: Whether each example must be collated by itself, since padding changes its loss.
         description: For the log.
         rows: The made-up examples on which it was tried, as one batch; None where there are none.
+        most: Positions of the longest text that may share its padding; None for any.
     """
 
     example_loss: ExampleLoss
@@ -46,6 +47,7 @@ class Choice:
     alone: bool
     description: str
     rows: MadeUpRows | None = None
+    most: int | None = None
 
     @property
     def padded(self) -> frozenset[str]:
@@ -58,7 +60,7 @@ class Choice:
         """What examples that are to be filled up must be like."""
         span = None if self.rows is None else self.rows.spans.get(MASK)
         least = 1 if span is None else min(span.lengths)
-        return Tried(least, is_encoder_decoder(model), closing_token(model))
+        return Tried(least, is_encoder_decoder(model), closing_token(model), self.most)
 
     @property
     def longest(self) -> int:
@@ -92,7 +94,11 @@ def choose(
         tried = given or (definition_loss(compute_loss) if trusted else None)
         rows = _rows(model, columns, tried)
         trusted = trusted and has_library_loss(model)
-        return _chosen(model, rows, compute_loss, given, trusted, label_smoothing, padding_id)
+        choice = _chosen(model, rows, compute_loss, given, trusted, label_smoothing, padding_id)
+        if choice.alone:
+            return choice
+        most = padded_up_to(choice.example_loss, model, columns, padding_id)
+        return replace(choice, alone=most == 0, most=most)
 
 
 def _chosen(
@@ -121,6 +127,12 @@ def _chosen(
 def announce(choice: Choice, model: nn.Module) -> None:
     """Say which loss of `model` is used, and aloud where it makes training slow."""
     logger.info("hf_dp: loss of each example: %s", choice.description)
+    if choice.most:
+        logger.info(
+            "hf_dp: texts of more than %d tokens share a micro-batch with others of their own length only: "
+            "this model looks at longer ones in another way, so padding might matter to them",
+            choice.most,
+        )
     if choice.is_definition:
         logger.warning(
             "hf_dp: compute_loss, or the loss in the model's own forward, has no vectorised form here, so it "

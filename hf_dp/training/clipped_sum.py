@@ -29,7 +29,7 @@ from hf_dp.layers import DEFAULT_LAYER_RULES, LayerRules
 from hf_dp.sums import ClippedSum
 from hf_dp.training.alone import definition_loss, moved_to_the_front
 from hf_dp.training.choice import Choice, choose
-from hf_dp.training.joining import TARGET_MASK, attended, marks_a_beginning, with_a_position
+from hf_dp.training.joining import MASK, TARGET_MASK, attended, marks_a_beginning, with_a_position
 from hf_dp.training.own_forward import state_of_loss
 from hf_dp.training.padding import padded_on_the_left
 from hf_dp.training.positions import axis_of, reads_text
@@ -235,7 +235,10 @@ def _was_tried(model: nn.Module, batch: Mapping[str, Any], choice: Choice) -> bo
     tried = choice.tried(model)
     if reads_text(batch):
         tried = dataclasses.replace(tried, least=1)
-    return tried.covers(select_rows(batch, attended(batch).nonzero().flatten().tolist()))
+    texts = select_rows(batch, attended(batch).nonzero().flatten().tolist())
+    mask = texts.get(MASK)
+    padded = isinstance(mask, Tensor) and not bool((mask == 1).all())
+    return tried.may_be_filled_up(texts) if padded else tried.covers(texts)
 
 
 def _begins_with_padding(batch: Mapping[str, Any]) -> bool:

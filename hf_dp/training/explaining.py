@@ -17,7 +17,7 @@ from hf_dp.engines.rows import OneExample
 from hf_dp.errors import ConfigurationError, explain
 from hf_dp.events import Norm
 from hf_dp.training.made_up import made_up_rows
-from hf_dp.training.positions import reads_text, width_of
+from hf_dp.training.positions import reads_text, room_of, width_of
 from hf_dp.training.tasks import Task, recognise_task, unwrapped
 from hf_dp.training.vectorised import vectorised_loss, without_targets
 
@@ -30,8 +30,6 @@ _HEADS = (
     "AutoModelForAudioClassification",
     "AutoModel",
 )
-_LIMITS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_target_positions")
-_RESERVED = 2  # position rows that some models never use
 _SECOND = 16_000  # of sound, in samples
 
 
@@ -68,7 +66,8 @@ def explain_training(
                 "Train as you are.",
             )
         )
-    length = _within_positions(model, length)
+    room = room_of(model)
+    length = length if room is None else max(2, min(length, room))
     try:
         width = None if reads_text(columns) else width_of(columns)
         rows = made_up_rows(model, columns, (width or length,) * 2, (length,) * 2)
@@ -192,16 +191,6 @@ def _columns(model: nn.Module, task: Task | None) -> dict[str, Any]:
 def _image_size(config: Any) -> tuple[int, int]:
     size = getattr(config, "image_size", 224)
     return (size, size) if isinstance(size, int) else (size[0], size[1])
-
-
-def _within_positions(model: nn.Module, length: int) -> int:
-    config: Any = getattr(unwrapped(model), "config", None)
-    limits = [getattr(config, name, None) for name in _LIMITS]
-    adapters: Mapping[str, Any] = getattr(model, "peft_config", {})
-    prompts = [getattr(adapter, "num_virtual_tokens", None) or 0 for adapter in adapters.values()]
-    taken = _RESERVED + max(prompts, default=0)  # by what comes before an example's own
-    known = [limit - taken for limit in limits if isinstance(limit, int)]
-    return max(2, min([length, *known]))
 
 
 def _outputs_squared(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:

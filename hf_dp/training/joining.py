@@ -22,6 +22,7 @@ from torch import Tensor
 from hf_dp.engines.rows import OneExample, batch_size
 from hf_dp.training.padding import padded_on_the_left
 from hf_dp.training.positions import axis_of
+from hf_dp.training.positions import width_of as width_in
 from hf_dp.training.reductions import IGNORED
 
 logger = logging.getLogger(__name__)
@@ -55,11 +56,18 @@ class Tried:
         least: Positions of the shortest example.
         translates: Whether targets have lengths of their own; else they are as long as the text.
         closing: A token of which examples that are taken together must have as many; None for none.
+        most: Positions of the longest; None for any.
     """
 
     least: int = 1
     translates: bool = True
     closing: int | None = None
+    most: int | None = None
+
+    def may_be_filled_up(self, batch: Mapping[str, Any]) -> bool:
+        """Whether an example is covered, and not too long."""
+        width = width_in(batch)
+        return self.covers(batch) and (self.most is None or width is None or width <= self.most)
 
     def covers(self, batch: Mapping[str, Any]) -> bool:
         """Whether an example's masks are ones and then zeros, if anything, as made-up examples' are."""
@@ -101,7 +109,7 @@ def kind_of(batch: Mapping[str, Any], fills: Fills, tried: Tried | None = None) 
     if isinstance(batch, OneExample):
         return id(batch)
     tried = tried or Tried()
-    if not tried.covers(batch):
+    if not tried.may_be_filled_up(batch):
         fills = {}
     columns = sorted(batch.items())
     kinds = tuple((name, _kind(name, value, batch, fills, tried)) for name, value in columns)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_dp.engines.rows import row
+from hf_dp.engines.rows import batch_size, row
 from hf_dp.training.positions import Spans, reads_text, spans_of, width_of
 from hf_dp.training.reductions import IGNORED
 from hf_dp.training.tasks import closing_token, is_encoder_decoder, unwrapped
@@ -196,7 +196,7 @@ def attempts(model: nn.Module, columns: Mapping[str, Any]) -> Iterator[MadeUpRow
 
 def each_alone(rows: MadeUpRows) -> list[dict[str, Any]]:
     """The same examples, each as a batch of one without its padding."""
-    return [_cut(row(rows, index), rows.spans, index) for index in range(len(LENGTHS))]
+    return [_cut(row(rows, index), rows.spans, index) for index in range(batch_size(rows))]
 
 
 def _cut(example: Mapping[str, Any], spans: Spans, index: int) -> dict[str, Any]:

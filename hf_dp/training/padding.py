@@ -8,8 +8,11 @@ bring out. Losses that agree there agree for all weights, and so do their gradie
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
+import math
 import random
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,18 +20,28 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hf_dp.engines.base import is_out_of_memory
 from hf_dp.engines.precision import full_precision
 from hf_dp.engines.rows import batch_size, select_rows
 from hf_dp.engines.undisturbed import draws, evaluation_flags, undisturbed
 from hf_dp.layers.randomness import kept_randomness
 from hf_dp.training.alone import ExampleLoss
 from hf_dp.training.losses import is_coarse
-from hf_dp.training.made_up import KNOWN, MadeUpRows, each_alone
+from hf_dp.training.made_up import KNOWN, LENGTHS, MadeUpRows, each_alone, made_up_rows
+from hf_dp.training.positions import axis_of, reads_text, room_of
+from hf_dp.training.tasks import unwrapped
 
 logger = logging.getLogger(__name__)
 
 _TOLERANCE = 1e-5
 _BOUNDS = (2, 10)  # of the whole numbers that are tried
+_WINDOWS = re.compile(r"window|chunk|local_att|topk|block_size")
+"""Words in the names of a configuration's numbers that may set what longer texts look at."""
+
+_LONG = 65  # as if every model had such a window: some have blocks that no configuration names
+_BEYOND = 9  # by so many tokens more than twice a window is tried
+_TRIED = 5  # texts that are longer than it; of some windows not every text shows it
+_LONGEST = 128  # windows above that are not tried, for it takes as long as training does
 _MOST_PARAMETERS = 2_000_000_000  # of which a copy in float32, 8 GB, is made for the test
 
 
@@ -66,6 +79,75 @@ def padding_matters(
                 )
     except Exception as error:  # the loss is foreign code
         logger.debug("the loss could not be tried: %s", type(error).__name__)
+    return True
+
+
+def padded_up_to(
+    loss: ExampleLoss, model: nn.Module, columns: Mapping[str, Any], padding_id: int | None = None
+) -> int | None:
+    """How long texts may be of which padding that changes no short one's loss changes none.
+
+    Longer ones may look at less of what they hold: at windows, at chunks, at a choice of keys. They are tried
+    as far as that takes few tokens.
+
+    Args:
+        loss: One loss per example, which `padding_matters` found to be its own.
+        model: Left as it is. Its configuration names its windows.
+        columns: Of a real example; of its values only shapes and types are used.
+        padding_id: See `padding_matters`.
+
+    Returns:
+        None where no text is too long; 0 where all are.
+    """
+    room, on_cpu = room_of(model), next(model.parameters()).device.type == "cpu"
+    if not reads_text(columns) or axis_of(columns) > 1 or (room is None and not on_cpu):
+        return None  # without a limit, too long a text might be the end of an accelerator's process
+    for width in sorted({*_windows_of(model), _LONG}):
+        if room is not None and width >= room:
+            return None
+        longest = int(min(2 * width + _BEYOND, room or math.inf))
+        steps = range(longest, width, -max(1, (longest - width) // _TRIED))
+        lengths = (*steps, 3, max(2, width // 2))
+        if width > _LONGEST or not _is_alike(loss, model, columns, lengths, padding_id):
+            return 0 if width == _LONG else width
+    return None
+
+
+def _windows_of(model: nn.Module) -> set[int]:
+    config: Any = getattr(unwrapped(model), "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    named = [value for name, value in vars(config or object).items() if _WINDOWS.search(name)]
+    numbers = [
+        n for value in named for n in (value if isinstance(value, list | tuple) else [value])
+    ]
+    return {n for n in numbers if isinstance(n, int) and n > 1}
+
+
+@torch.no_grad()
+def _is_alike(
+    loss: ExampleLoss,
+    model: nn.Module,
+    columns: Mapping[str, Any],
+    lengths: tuple[int, ...],
+    padding_id: int | None,
+) -> bool:
+    """Whether texts of these lengths have the losses that they have alone."""
+    try:
+        targets = tuple(itertools.islice(itertools.cycle(LENGTHS), len(lengths)))
+        rows = made_up_rows(model, columns, lengths, targets)
+        wide = _wide(model)
+        with full_precision(next(wide.parameters()).device), undisturbed(wide):
+            for variant in _variants(rows, wide, padding_id):
+                together = _in_mode(loss, wide, variant, training=False)
+                single = [_in_mode(loss, wide, one, training=False) for one in each_alone(variant)]
+                if not _agree(together, torch.cat(single)):
+                    return False
+    except MemoryError:
+        return False
+    except Exception as error:  # what the model does not take is in no dataset, either
+        logger.debug("long texts were not taken: %s", type(error).__name__)
+        return not (isinstance(error, RuntimeError) and is_out_of_memory(error))
     return True
 
 

@@ -7,13 +7,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from hf_dp.training.tasks import unwrapped
 
 _TARGETS = frozenset({"decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds"})
 _PER_TOKEN = frozenset(
     {"input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids"}
     | {"special_tokens_mask", "mm_token_type_ids", "global_attention_mask", "langs", "bbox"}
 )
+_LIMITS = frozenset(
+    {"max_position_embeddings", "n_positions", "max_sequence_length", "max_target_positions"}
+    | {"max_encoder_position_embeddings", "max_decoder_position_embeddings"}
+)
+_RESERVED = 2  # position rows that some models never use
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,19 @@ def width_of(columns: Mapping[str, Any]) -> int | None:
 def reads_text(columns: Mapping[str, Any]) -> bool:
     """Whether positions are tokens, not numbers of a sound."""
     return any(name in columns for name in ("input_ids", "inputs_embeds"))
+
+
+def room_of(model: nn.Module) -> int | None:
+    """How many tokens its configuration has positions for; None where it sets no limit."""
+    config: Any = getattr(unwrapped(model), "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    limits = [getattr(config, name, None) for name in _LIMITS]
+    known = [limit for limit in limits if isinstance(limit, int)]
+    adapters: Mapping[str, Any] = getattr(model, "peft_config", {})
+    prompts = [getattr(adapter, "num_virtual_tokens", None) or 0 for adapter in adapters.values()]
+    taken = _RESERVED + max(prompts, default=0)  # by what comes before an example's own
+    return min(known) - taken if known else None
 
 
 def spans_of(
