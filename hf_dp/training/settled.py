@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from hf_dp.coins import Coins
 from hf_dp.engines import ExampleLoss, GradientEngine, SequentialEngine
 from hf_dp.engines.explain import EngineReport
+from hf_dp.engines.familiar import is_from_library
 from hf_dp.events import Norm
 from hf_dp.plan import PrivacyPlan
 from hf_dp.training.arguments import DPArguments
@@ -66,7 +67,7 @@ class SettledMixin(_Host):
 
         Anew for each run: model, data, collator and loss may be others than in the last.
         """
-        own = type(self).compute_loss.__module__.partition(".")[0] in _TRUSTED_HOSTS
+        own = self._computes_loss_as_library
         gathered = copy.deepcopy(vars(self).get(_GATHERED))
         with (
             self._lines.silent(),
@@ -104,6 +105,13 @@ class SettledMixin(_Host):
         elif not self._choice.is_definition and self._set_aside is not None:
             self.engine, self._set_aside = self._set_aside, None
         return self._choice
+
+    @property
+    def _computes_loss_as_library(self) -> bool:
+        """Whether `compute_loss` is the host's, by where its code is: a decorator may give it any name."""
+        function = getattr(self.compute_loss, "__func__", self.compute_loss)
+        of = getattr(function, "__globals__", {}).get("__name__", "")
+        return of.partition(".")[0] in _TRUSTED_HOSTS and is_from_library(function)
 
     def _compute_loss_of(self, model: nn.Module, alone: dict[str, Any]) -> Any:
         return self.compute_loss(model, alone)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_runs import Sentences, collate, trainer_for
+from tiny_runs import VOCABULARY, Sentences, collate, trainer_for
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import Trainer
 
 from hf_dp import DPTrainer
 from hf_dp.engines import SequentialEngine
@@ -25,6 +27,30 @@ def test_a_loss_without_fast_form_is_taken_one_example_at_a_time(
     trainer.train()
     assert isinstance(trainer.engine, SequentialEngine)
     assert "one example at a time" in caplog.text
+
+
+def weighed(self: Any, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+    """Counts a token that no made-up example has five times: there it is the library's own loss."""
+    outputs = model(**inputs)
+    rare = (inputs["input_ids"] == VOCABULARY - 1).any(1)
+    losses = F.cross_entropy(outputs.logits, inputs["labels"], reduction="none") * (1 + 4 * rare)
+    return (losses.mean(), outputs) if return_outputs else losses.mean()
+
+
+@pytest.mark.parametrize("how", ["overridden", "wrapped", "of the object", "partial"])
+def test_a_loss_of_ones_own_is_known_by_its_code(tmp_path: Path, how: str) -> None:
+    """Whatever name a decorator gives it, and wherever it was put."""
+    wrapped = functools.wraps(Trainer.compute_loss)(weighed)
+    method = {"overridden": weighed, "wrapped": wrapped}.get(how)
+    cls = DPTrainer if method is None else type("Own", (DPTrainer,), {"compute_loss": method})
+    trainer = trainer_for(tmp_path, cls=cls)
+    if method is None:
+        bound = functools.partial(weighed, trainer)
+        trainer.compute_loss = (
+            bound if how == "partial" else lambda *given, **named: bound(*given, **named)
+        )
+    trainer.get_train_dataloader()
+    assert isinstance(trainer.engine, SequentialEngine)
 
 
 def pad_left(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
