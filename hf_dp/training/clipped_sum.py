@@ -9,6 +9,7 @@ from collections.abc import Hashable, Mapping, Sequence, Set
 from typing import Any, get_args
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 from hf_dp._validate import one_of
@@ -23,18 +24,30 @@ from hf_dp.engines import (
 from hf_dp.engines.base import refuse_without_gradients
 from hf_dp.engines.owners import Owners, UserReduction
 from hf_dp.engines.rows import OneExample, batch_size, row, select_rows
+from hf_dp.engines.sharded import is_sharded
 from hf_dp.errors import ConfigurationError, explain
 from hf_dp.events import Norm
 from hf_dp.layers import DEFAULT_LAYER_RULES, LayerRules
 from hf_dp.sums import ClippedSum
 from hf_dp.training.alone import definition_loss, moved_to_the_front
 from hf_dp.training.choice import Choice, choose
-from hf_dp.training.joining import MASK, TARGET_MASK, attended, marks_a_beginning, with_a_position
+from hf_dp.training.dropped import Batches, Units
+from hf_dp.training.joining import (
+    MASK,
+    TARGET_MASK,
+    Tried,
+    attended,
+    marks_a_beginning,
+    with_a_position,
+)
 from hf_dp.training.own_forward import state_of_loss
+from hf_dp.training.packing import APART
 from hf_dp.training.padding import padded_on_the_left
 from hf_dp.training.positions import axis_of, reads_text
+from hf_dp.training.reductions import IGNORED
 from hf_dp.training.refused_parts import refuse_model
 from hf_dp.training.tasks import unwrapped
+from hf_dp.training.unpadded import has_unmarked_padding, refuse_unmarked, unpadded
 
 logger = logging.getLogger(__name__)
 
@@ -105,14 +118,47 @@ def clipped_sum(
         batch, owners = _by_user(batch, users, user_reduction)
     chosen = engine_named(engine, layer_rules) if isinstance(engine, str) else engine
     if example_loss is None:
-        if _begins_with_padding(batch):
-            batch = moved_to_the_front(model, batch) or batch
-        example_loss, chosen = _default_loss(model, batch, chosen)
+        return _by_default(model, batch, chosen, clipping, owners)
     if not bool(attended(batch).all()):
         example_loss = functools.partial(_of_attended, example_loss)
     return chosen.clipped_sum(
         model, batch, example_loss=example_loss, clipping=clipping, owners=owners
     )
+
+
+def _by_default(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    engine: GradientEngine,
+    clipping: FlatClipping,
+    owners: Owners | None,
+) -> ClippedSum:
+    """With the loss that the model returns for each example alone, without its neighbours' padding."""
+    if _begins_with_padding(batch):
+        batch = moved_to_the_front(model, batch) or batch
+    loss, engine = _default_loss(model, batch, engine)
+    each = functools.partial(_of_pieces, definition_loss(_own_loss, trim_padding=False))
+    sizes = owners.sizes if owners else (1,) * batch_size(batch)
+
+    def alone() -> list[Mapping[str, Any]]:
+        return [unpadded(model, batch, index) for index in range(sum(sizes))]
+
+    def again(pieces: Batches, of: Owners | None = None) -> ClippedSum:
+        of = of or Owners((len(pieces),), owners.reduction if owners else "mean")
+        return SequentialEngine().clipped_sum(
+            model, {APART: pieces}, example_loss=each, clipping=clipping, owners=of
+        )
+
+    if loss is None:
+        return again(alone(), owners or Owners(sizes))
+    if not bool(attended(batch).all()):
+        loss = functools.partial(_of_attended, loss)
+    summed = engine.clipped_sum(model, batch, example_loss=loss, clipping=clipping, owners=owners)
+    return summed if is_sharded(model) else Units(sizes, alone, again).with_dropped_again(summed)
+
+
+def _of_pieces(example_loss: ExampleLoss, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    return torch.cat([_of_attended(example_loss, model, piece) for piece in inputs[APART]])
 
 
 def _of_attended(example_loss: ExampleLoss, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
@@ -202,37 +248,55 @@ def _names_one(user: object) -> bool:
 
 def _default_loss(
     model: nn.Module, batch: Mapping[str, Any], engine: GradientEngine
-) -> tuple[ExampleLoss, GradientEngine]:
-    if isinstance(batch, OneExample):
-        return definition_loss(_own_loss), SequentialEngine()
-    if not isinstance(engine, SequentialEngine) and batch_size(batch) > 0:
-        choice = _choice(model, batch)
-        untried = not _was_tried(model, batch, choice)
-        if untried and not isinstance(engine, AutomaticEngine):
-            raise ConfigurationError(
-                explain(
-                    "clipped_sum.batch",
-                    "padding on the left, or elsewhere than at the end",
-                    f"padding on the right with engine={engine.name!r}",
-                    "Otherwise an example's loss may depend on how far its neighbours made it be padded.",
-                    "Set tokenizer.padding_side = 'right', or use engine='auto', which then takes one "
-                    "example at a time.",
-                )
+) -> tuple[ExampleLoss | None, GradientEngine]:
+    """The loss of a whole batch; None where each example must be by itself, without padding."""
+    named = isinstance(engine, SequentialEngine)
+    unmarked = has_unmarked_padding(model, batch)
+    if isinstance(batch, OneExample) or batch_size(batch) == 0 or (named and not unmarked):
+        return None, SequentialEngine()
+    choice = _choice(model, batch)
+    if unmarked and choice.alone:
+        refuse_unmarked()
+    if named:
+        return None, engine
+    untried = not _was_tried(model, batch, choice)
+    if not (choice.alone or untried):
+        return choice.example_loss, engine
+    if not isinstance(engine, AutomaticEngine):
+        if not (untried or _is_padded(batch, choice.tried(model))):
+            return definition_loss(_own_loss), engine
+        raise ConfigurationError(
+            explain(
+                "clipped_sum.batch",
+                "padding on the left, elsewhere than at the end, or where it matters",
+                f"padding on the right, which changes no loss, with engine={engine.name!r}",
+                "Otherwise an example's loss may depend on how far its neighbours made it be padded.",
+                "Set tokenizer.padding_side = 'right', or use engine='auto', which then takes one "
+                "example at a time.",
             )
-        if not (choice.alone or untried):
-            return choice.example_loss, engine
-    if isinstance(engine, AutomaticEngine):
-        logger.warning(
-            "hf_dp: no vectorised loss was found to be the model's own whatever the padding, so examples "
-            "are taken one at a time. Pass example_loss for speed."
         )
-        engine = SequentialEngine()
-    return definition_loss(_own_loss), engine
+    logger.warning(
+        "hf_dp: no vectorised loss was found to be the model's own whatever the padding, so examples "
+        "are taken one at a time. Pass example_loss for speed."
+    )
+    return None, SequentialEngine()
+
+
+def _is_padded(batch: Mapping[str, Any], tried: Tried) -> bool:
+    """Whether masks hide anything, or targets of their own length are ignored at their ends."""
+    masks = [m for m in map(batch.get, (MASK, TARGET_MASK)) if isinstance(m, Tensor)]
+    labels = batch.get("labels") if tried.translates else None
+    if isinstance(labels, Tensor) and labels.dim() > 1:
+        masks.append(labels[:, [0, -1]] != IGNORED)
+    return batch_size(batch) > 1 and not all(bool(mask.all()) for mask in masks)
 
 
 def _was_tried(model: nn.Module, batch: Mapping[str, Any], choice: Choice) -> bool:
     """Whether examples that attend to anything are padded as the made-up ones are."""
-    tried = choice.tried(model)
+    tried, labels = choice.tried(model), batch.get("labels")
+    if tried.translates and isinstance(labels, Tensor) and labels.dim() > 1:
+        if bool((labels[:, :1] == IGNORED).any()):
+            return False  # a decoder would begin with what others' length made of it
     if reads_text(batch):
         tried = dataclasses.replace(tried, least=1)
     texts = select_rows(batch, attended(batch).nonzero().flatten().tolist())

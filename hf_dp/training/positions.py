@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from hf_dp.training.tasks import unwrapped
 
 _TARGETS = frozenset({"decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds"})
-_PER_TOKEN = frozenset(
+PER_TOKEN = frozenset(
     {"input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids"}
     | {"special_tokens_mask", "mm_token_type_ids", "global_attention_mask", "langs", "bbox"}
 )
+"""Columns that are known to have an entry for each token."""
+
 _LIMITS = frozenset(
     {"max_position_embeddings", "n_positions", "max_sequence_length", "max_target_positions"}
     | {"max_encoder_position_embeddings", "max_decoder_position_embeddings"}
@@ -128,9 +130,7 @@ def spans_of(
 def _axes(
     name: str, value: Tensor, width: int | None, first: int, *, by_name: bool
 ) -> tuple[int, ...]:
-    if name not in _PER_TOKEN and (
-        by_name or width == 1
-    ):  # of one token, much is as wide by chance
+    if name not in PER_TOKEN and (by_name or width == 1):  # of one token, much is as wide by chance
         return ()
     return tuple(axis for axis in range(first, value.dim()) if value.shape[axis] == width)
 

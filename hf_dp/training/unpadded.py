@@ -1,0 +1,118 @@
+"""An example of somebody's own batch without the padding that its neighbours brought, on either side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NoReturn
+
+from torch import Tensor, nn
+
+from hf_dp.engines.rows import batch_size, row
+from hf_dp.errors import ConfigurationError, explain
+from hf_dp.training.joining import MASK, TARGET_MASK
+from hf_dp.training.positions import PER_TOKEN, axis_of
+from hf_dp.training.reductions import IGNORED
+from hf_dp.training.tasks import is_encoder_decoder, unwrapped
+
+_OF_TEXT = PER_TOKEN | {"labels", "input_values", "input_features"}
+_OF_TARGET = ("labels", "decoder_input_ids", TARGET_MASK)
+_ENDS = ("start_positions", "end_positions")
+_SHARED = "position_ids"
+_SEVERAL = 2
+
+
+def unpadded(model: nn.Module, inputs: Mapping[str, Any], index: int) -> Mapping[str, Any]:
+    """The example at `index` as a batch of one, of which nothing follows how long others are.
+
+    What ``attention_mask`` hides before its first and after its last token goes, and so do targets of
+    models that translate where they are ignored; answers are counted from the first token that is left.
+
+    Args:
+        model: Asked whether it is an encoder-decoder.
+        inputs: A batch as somebody's loop padded it; of one example nothing is taken away.
+        index: Which row.
+
+    Raises:
+        ConfigurationError: There is padding that cannot be told from the example.
+    """
+    one = row(inputs, index)
+    if batch_size(inputs) < _SEVERAL:
+        return one  # nobody else made it be padded
+    targets = _OF_TARGET if is_encoder_decoder(model) and one.get("labels") is not None else ()
+    mask = one.get(MASK)
+    if isinstance(mask, Tensor) and mask.dim() == axis_of(one) + 1:
+        shared = isinstance(one.get(_SHARED), Tensor) and len(inputs[_SHARED]) == 1
+        one = _without_hidden(one, mask, targets, shared=shared)
+    return _without_ignored(one) if targets else one
+
+
+def _without_hidden(
+    one: dict[str, Any], mask: Tensor, targets: Iterable[str], *, shared: bool
+) -> dict[str, Any]:
+    axis, width = axis_of(one), mask.shape[-1]
+    places = mask[0].reshape(-1, width).any(0).nonzero().flatten()
+    if len(places) in (0, width):
+        return one
+    first, last = int(places[0]), int(places[-1])
+    wide = {
+        name
+        for name, value in one.items()
+        if isinstance(value, Tensor) and value.shape[axis : axis + 1] == (width,)
+    }
+    wide = {n for n in wide.difference(targets) if n != "labels" or not one[n].is_floating_point()}
+    if not wide <= _OF_TEXT:
+        raise _not_told(sorted(wide - _OF_TEXT)[0], "a column that is padded as the tokens are")
+    cut = dict(one)
+    for name in wide:
+        start = 0 if name == _SHARED and shared else first
+        cut[name] = one[name].narrow(axis, start, last + 1 - first)
+    for name in _ENDS:
+        if isinstance(one.get(name), Tensor):
+            cut[name] = (one[name] - first).clamp(min=0)
+    return cut
+
+
+def _without_ignored(one: dict[str, Any]) -> dict[str, Any]:
+    labels = one["labels"]
+    if not isinstance(labels, Tensor) or labels.dim() != 2 or labels.is_floating_point():
+        return one
+    width, marks = labels.shape[1], one.get(TARGET_MASK)
+    own = (labels[0] != IGNORED) if marks is None else marks[0] != 0
+    places = own.nonzero().flatten()
+    if len(places) in (0, width):
+        return one
+    first, last = int(places[0]), int(places[-1])
+    if first > 0 and one.get("decoder_input_ids") is not None and marks is None:
+        raise _not_told("labels", "targets that begin with -100, where decoder_input_ids are given")
+    names = [
+        n for n in _OF_TARGET if isinstance(one.get(n), Tensor) and one[n].shape[:2] == (1, width)
+    ]
+    return {**one, **{name: one[name][:, first : last + 1] for name in names}}
+
+
+def has_unmarked_padding(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
+    """Whether texts of several examples end with the model's padding token, and no mask tells."""
+    ids = inputs.get("input_ids")
+    token = getattr(getattr(unwrapped(model), "config", None), "pad_token_id", None)
+    if MASK in inputs or not isinstance(ids, Tensor) or ids.dim() < 2 or len(ids) < _SEVERAL:
+        return False
+    return isinstance(token, int) and bool((ids[..., -1:] == token).any())
+
+
+def refuse_unmarked() -> NoReturn:
+    """Refuse such padding where the model reads it."""
+    raise _not_told("input_ids", "padding without an attention_mask")
+
+
+def _not_told(column: str, what: str) -> ConfigurationError:
+    return ConfigurationError(
+        explain(
+            "clipped_sum.batch",
+            column,
+            f"no {what}",
+            "It cannot be told what of it is the example's own, and this model's loss depends on "
+            "padding: one example would change the gradients of others.",
+            "Pad on the right, pass attention_mask (and decoder_attention_mask), or give each example a call "
+            "of its own.",
+        )
+    )
