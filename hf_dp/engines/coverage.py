@@ -20,6 +20,7 @@ from hf_dp.engines.familiar import foreign_code
 from hf_dp.engines.made_of import State, made_of, state_of
 from hf_dp.engines.sharded import unsharded, whole_parameter
 from hf_dp.errors import UncoveredParameterError
+from hf_dp.layers.adapted_experts import is_wrapper
 from hf_dp.layers.base import LayerRule, LayerRules, UnitAxis
 from hf_dp.layers.embedding import relative_bias
 from hf_dp.layers.generic import GenericRule
@@ -261,7 +262,14 @@ class Coverage:
         return self._called(name.rpartition(".")[0]) if name else None
 
     def _called(self, name: str) -> str | None:
-        """`name`, or the first module above it that is called at all."""
+        """`name`, or the first module above it that is called at all, and by itself does what it does.
+
+        What PEFT's wrappers for parameters hold does not: they adapt it for the time of their own call.
+        """
+        parts = name.split(".")
+        for above in (".".join(parts[:size]) for size in range(1, len(parts))):
+            if is_wrapper(self.model.get_submodule(above)):
+                return above
         while _is_container(self.model.get_submodule(name)):
             if not name:
                 return None

@@ -112,11 +112,14 @@ class _Pair:
         return (first.mT, second.mT) if self.turned else (second, first)
 
     def added_to(self, matrices: Tensor | None) -> Tensor:
-        """``W + s L R``, in the type of W."""
+        """``W + s L R``, in the type of W, rounded where PEFT rounds."""
         assert matrices is not None
-        sides = (side.to(matrices.dtype) for side in self.sides)
+        left, right = self.sides
         with torch.autocast(matrices.device.type, enabled=False):
-            return torch.baddbmm(matrices.detach(), *sides, alpha=self.scaling)
+            if left.dtype == matrices.dtype:
+                return torch.baddbmm(matrices.detach(), left, right, alpha=self.scaling)
+            added = (left @ right).mul_(self.scaling)
+            return matrices.detach() + added.to(matrices.dtype)
 
     def factors(self, whole: Factor) -> Mapping[int, Factor]:
         """Id of A and of B -> its factor, from that of W."""
@@ -183,6 +186,7 @@ def _is_right(wrapper: Any) -> bool:
             added = twin.get_delta_weight(adapter)
             pair = _Pair.of(twin, adapter)
             gap = pair.added_to(torch.zeros_like(added)) - added
-        return bool(gap.norm() <= _AGREEMENT * added.norm())
+        rounding = max(_AGREEMENT, 4 * torch.finfo(added.dtype).eps)
+        return bool(gap.norm() <= rounding * added.norm())
     except Exception:  # of another version of PEFT
         return False
