@@ -18,7 +18,8 @@ from hf_dp import clipped_sum
 from hf_dp.training import padding
 from hf_dp.training.choice import choose
 from hf_dp.training.losses import vectorised_loss
-from hf_dp.training.padding import padded_up_to
+from hf_dp.training.made_up import made_up_rows
+from hf_dp.training.padding import padded_up_to, padding_matters
 from hf_dp.training.tasks import Task
 
 SMALL = {
@@ -177,8 +178,14 @@ def test_a_step_on_them_is_a_loop(
     trainer.train()
     assert close(recorded.sums[0], loop(doge(), rows), 1e-4)
     widths = sorted(tuple(b["input_ids"].shape) for b in recorded.batches[0])
-    assert widths == [(1, 14), (1, 20), (1, 30), (2, 9), (4, 8)]
-    assert "texts of more than 8 tokens" in caplog.text
+    if not shows_padding_anyway():
+        assert widths == [(1, 14), (1, 20), (1, 30), (2, 9), (4, 8)]
+        assert "texts of more than 8 tokens" in caplog.text
+
+
+def shows_padding_anyway() -> bool:
+    """Doge of transformers 5.17 does, in texts of any length."""
+    return padding_matters(LOSS, doge(), made_up_rows(doge(), COLUMNS), 0)
 
 
 def test_a_loop_of_ones_own_takes_them_one_by_one(caplog: pytest.LogCaptureFixture) -> None:
@@ -188,7 +195,7 @@ def test_a_loop_of_ones_own_takes_them_one_by_one(caplog: pytest.LogCaptureFixtu
         summed = clipped_sum(doge().train(), pad(rows), clipping_norm=C)
         found = torch.cat([grad.flatten() for grad in summed.grads.values()])
         assert close(found, loop(doge(), rows), 1e-4)
-        assert ("one at a time" in caplog.text) == alone
+        assert ("one at a time" in caplog.text) == (alone or shows_padding_anyway())
 
 
 def test_a_model_whose_blocks_no_configuration_names_has_each_text_alone() -> None:
