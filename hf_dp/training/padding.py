@@ -7,6 +7,7 @@ bring out. Losses that agree there agree for all weights, and so do their gradie
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import logging
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_dp.engines.base import is_out_of_memory
+from hf_dp.engines.familiar import foreign_code
 from hf_dp.engines.precision import full_precision
 from hf_dp.engines.rows import batch_size, select_rows
 from hf_dp.engines.undisturbed import draws, evaluation_flags, undisturbed
@@ -29,6 +31,7 @@ from hf_dp.training.alone import ExampleLoss
 from hf_dp.training.losses import is_coarse
 from hf_dp.training.made_up import KNOWN, LENGTHS, MadeUpRows, each_alone, made_up_rows
 from hf_dp.training.positions import axis_of, reads_text, room_of
+from hf_dp.training.shortened import shortened
 from hf_dp.training.tasks import unwrapped
 
 logger = logging.getLogger(__name__)
@@ -152,13 +155,22 @@ def _is_alike(
 
 
 def _wide(model: nn.Module) -> nn.Module:
-    """`model`, or a float32 copy where half precision would hide small differences."""
+    """`model`, or a float32 copy where half precision would hide small differences.
+
+    Of a library's model that is too large to be copied, with few of its layers.
+    """
     narrow = any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters())
     if not narrow:
         return model
-    if sum(p.numel() for p in model.parameters()) > _MOST_PARAMETERS:
-        raise MemoryError("too large to be copied for a test of padding")
-    return copy.deepcopy(model).float()
+    large = _size_of(model) > _MOST_PARAMETERS
+    with shortened(model) if large and not foreign_code(model) else contextlib.nullcontext():
+        if _size_of(model) > _MOST_PARAMETERS:
+            raise MemoryError("too large to be copied for a test of padding")
+        return copy.deepcopy(model).float()
+
+
+def _size_of(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
 
 
 def _variants(rows: MadeUpRows, model: nn.Module, padding_id: int | None) -> Sequence[MadeUpRows]:
