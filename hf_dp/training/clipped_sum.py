@@ -35,7 +35,6 @@ from hf_dp.training.dropped import Batches, Units
 from hf_dp.training.joining import (
     MASK,
     TARGET_MASK,
-    Tried,
     attended,
     marks_a_beginning,
     with_a_position,
@@ -47,7 +46,13 @@ from hf_dp.training.positions import axis_of, reads_text
 from hf_dp.training.reductions import IGNORED
 from hf_dp.training.refused_parts import refuse_model
 from hf_dp.training.tasks import unwrapped
-from hf_dp.training.unpadded import has_unmarked_padding, refuse_unmarked, unpadded
+from hf_dp.training.unpadded import (
+    from_the_first_token,
+    has_unmarked_padding,
+    is_padded,
+    refuse_unmarked,
+    unpadded,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -134,6 +139,8 @@ def _by_default(
     owners: Owners | None,
 ) -> ClippedSum:
     """With the loss that the model returns for each example alone, without its neighbours' padding."""
+    if not isinstance(batch, OneExample):
+        batch = from_the_first_token(batch)
     if _begins_with_padding(batch):
         batch = moved_to_the_front(model, batch) or batch
     loss, engine = _default_loss(model, batch, engine)
@@ -263,7 +270,7 @@ def _default_loss(
     if not (choice.alone or untried):
         return choice.example_loss, engine
     if not isinstance(engine, AutomaticEngine):
-        if not (untried or _is_padded(batch, choice.tried(model))):
+        if not (untried or is_padded(batch, translates=choice.tried(model).translates)):
             return definition_loss(_own_loss), engine
         raise ConfigurationError(
             explain(
@@ -280,15 +287,6 @@ def _default_loss(
         "are taken one at a time. Pass example_loss for speed."
     )
     return None, SequentialEngine()
-
-
-def _is_padded(batch: Mapping[str, Any], tried: Tried) -> bool:
-    """Whether masks hide anything, or targets of their own length are ignored at their ends."""
-    masks = [m for m in map(batch.get, (MASK, TARGET_MASK)) if isinstance(m, Tensor)]
-    labels = batch.get("labels") if tried.translates else None
-    if isinstance(labels, Tensor) and labels.dim() > 1:
-        masks.append(labels[:, [0, -1]] != IGNORED)
-    return batch_size(batch) > 1 and not all(bool(mask.all()) for mask in masks)
 
 
 def _was_tried(model: nn.Module, batch: Mapping[str, Any], choice: Choice) -> bool:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor, nn
 
-from hf_dp.engines.rows import batch_size, row
+from hf_dp.engines.rows import OneExample, batch_size, row
 from hf_dp.errors import ConfigurationError, explain
 from hf_dp.training.joining import MASK, TARGET_MASK
 from hf_dp.training.positions import PER_TOKEN, axis_of
@@ -17,7 +18,7 @@ from hf_dp.training.tasks import is_encoder_decoder, unwrapped
 _OF_TEXT = PER_TOKEN | {"labels", "input_values", "input_features"}
 _OF_TARGET = ("labels", "decoder_input_ids", TARGET_MASK)
 _ENDS = ("start_positions", "end_positions")
-_SHARED = "position_ids"
+_POSITIONS = "position_ids"
 _SEVERAL = 2
 
 
@@ -29,25 +30,43 @@ def unpadded(model: nn.Module, inputs: Mapping[str, Any], index: int) -> Mapping
 
     Args:
         model: Asked whether it is an encoder-decoder.
-        inputs: A batch as somebody's loop padded it; of one example nothing is taken away.
+        inputs: A batch as somebody's loop padded it.
         index: Which row.
 
     Raises:
-        ConfigurationError: There is padding that cannot be told from the example.
+        ConfigurationError: There is padding that cannot be told from the example; of one that is alone it
+            is left as it is.
     """
     one = row(inputs, index)
-    if batch_size(inputs) < _SEVERAL:
-        return one  # nobody else made it be padded
+    if isinstance(inputs, OneExample):
+        return one
+    several = batch_size(inputs) >= _SEVERAL
     targets = _OF_TARGET if is_encoder_decoder(model) and one.get("labels") is not None else ()
     mask = one.get(MASK)
     if isinstance(mask, Tensor) and mask.dim() == axis_of(one) + 1:
-        shared = isinstance(one.get(_SHARED), Tensor) and len(inputs[_SHARED]) == 1
-        one = _without_hidden(one, mask, targets, shared=shared)
-    return _without_ignored(one) if targets else one
+        one = _without_hidden(one, mask, targets, several=several)
+    return _without_ignored(one, several=several) if targets else one
+
+
+def from_the_first_token(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The same examples with positions that do not count padding on the left.
+
+    Args:
+        inputs: With ``position_ids`` of ``(1, T)`` or ``(B, T)``, as others stay as they are.
+    """
+    mask, positions = inputs.get(MASK), inputs.get(_POSITIONS)
+    if not (isinstance(mask, Tensor) and isinstance(positions, Tensor) and mask.dim() == 2):
+        return inputs
+    if positions.dim() != mask.dim() or positions.shape[1] != mask.shape[1] or not mask.numel():
+        return inputs
+    first = (mask != 0).to(torch.uint8).argmax(1, keepdim=True)  # 0 where there is none
+    positions = positions.expand(len(mask), -1)
+    counted = positions.gather(1, first) - positions[:, :1] == first
+    return {**inputs, _POSITIONS: (positions - first * counted).clamp(min=0)}
 
 
 def _without_hidden(
-    one: dict[str, Any], mask: Tensor, targets: Iterable[str], *, shared: bool
+    one: dict[str, Any], mask: Tensor, targets: Iterable[str], *, several: bool
 ) -> dict[str, Any]:
     axis, width = axis_of(one), mask.shape[-1]
     places = mask[0].reshape(-1, width).any(0).nonzero().flatten()
@@ -61,18 +80,19 @@ def _without_hidden(
     }
     wide = {n for n in wide.difference(targets) if n != "labels" or not one[n].is_floating_point()}
     if not wide <= _OF_TEXT:
+        if not several:
+            return one
         raise _not_told(sorted(wide - _OF_TEXT)[0], "a column that is padded as the tokens are")
     cut = dict(one)
     for name in wide:
-        start = 0 if name == _SHARED and shared else first
-        cut[name] = one[name].narrow(axis, start, last + 1 - first)
+        cut[name] = one[name].narrow(axis, first, last + 1 - first)
     for name in _ENDS:
         if isinstance(one.get(name), Tensor):
             cut[name] = (one[name] - first).clamp(min=0)
     return cut
 
 
-def _without_ignored(one: dict[str, Any]) -> dict[str, Any]:
+def _without_ignored(one: dict[str, Any], *, several: bool) -> dict[str, Any]:
     labels = one["labels"]
     if not isinstance(labels, Tensor) or labels.dim() != 2 or labels.is_floating_point():
         return one
@@ -83,6 +103,8 @@ def _without_ignored(one: dict[str, Any]) -> dict[str, Any]:
         return one
     first, last = int(places[0]), int(places[-1])
     if first > 0 and one.get("decoder_input_ids") is not None and marks is None:
+        if not several:
+            return one
         raise _not_told("labels", "targets that begin with -100, where decoder_input_ids are given")
     names = [
         n for n in _OF_TARGET if isinstance(one.get(n), Tensor) and one[n].shape[:2] == (1, width)
@@ -97,6 +119,15 @@ def has_unmarked_padding(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
     if MASK in inputs or not isinstance(ids, Tensor) or ids.dim() < 2 or len(ids) < _SEVERAL:
         return False
     return isinstance(token, int) and bool((ids[..., -1:] == token).any())
+
+
+def is_padded(inputs: Mapping[str, Any], *, translates: bool) -> bool:
+    """Whether masks of several examples hide anything, or targets of their own length have ignored ends."""
+    masks = [m for m in map(inputs.get, (MASK, TARGET_MASK)) if isinstance(m, Tensor)]
+    labels = inputs.get("labels") if translates else None
+    if isinstance(labels, Tensor) and labels.dim() > 1:
+        masks.append(labels[:, [0, -1]] != IGNORED)
+    return batch_size(inputs) >= _SEVERAL and not all(bool(mask.all()) for mask in masks)
 
 
 def refuse_unmarked() -> NoReturn:

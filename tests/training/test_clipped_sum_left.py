@@ -140,11 +140,10 @@ def test_unless_it_is_moved_padding_moves_the_example(
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_positions_go_with_their_tokens(shared: bool) -> None:
+    """Those that all share count padding as well, which is no example's own: they begin at its tokens."""
     model, rows = build("gpt2"), examples("gpt2")
     for row in rows:
-        length = row["input_ids"].shape[1]
-        begin = max(LENGTHS) - length if shared else 0
-        row["position_ids"] = torch.arange(begin, begin + length)[None]
+        row["position_ids"] = torch.arange(row["input_ids"].shape[1])[None]
     batch = padded(rows)
     if shared:
         batch["position_ids"] = torch.arange(max(LENGTHS))[None]

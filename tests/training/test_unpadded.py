@@ -14,7 +14,7 @@ from hf_dp import clipped_sum
 from hf_dp.errors import ConfigurationError
 from hf_dp.training import clipped_sum as module
 from hf_dp.training.alone import alone
-from hf_dp.training.unpadded import unpadded
+from hf_dp.training.unpadded import from_the_first_token, unpadded
 
 C = 1e-2
 LENGTHS = (14, 3, 4, 5, 6, 3)
@@ -212,10 +212,41 @@ def test_a_prompt_for_a_decoder_is_not_taken_for_padding() -> None:
     assert unpadded(model, batch, 0)["labels"].shape == batch["labels"][:1].shape
 
 
-def test_positions_that_all_share_begin_at_their_first() -> None:
+@pytest.mark.parametrize("given", ["shared", "each row's"])
+@pytest.mark.parametrize("name", ["GPT2LMHeadModel", "RobertaForTokenClassification"])
+def test_positions_that_count_padding_do_not(name: str, given: str) -> None:
+    gpt2 = tf.GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2, pad_token_id=1)
+    model = tf.GPT2LMHeadModel(gpt2).eval() if name.startswith("GPT2") else model_of(name)
+    rows = [row_of("labels", length) for length in LENGTHS]
+    sums = []
+    for some in (rows, rows[1:]):
+        batch = padded(some, 1, left=True, targets_left=True)
+        positions = torch.arange(batch["labels"].shape[1])[None]
+        if given != "shared":
+            positions = positions.repeat(len(some), 1)
+        sums.append(summed(model, {**batch, "position_ids": positions}))
+    assert (sums[0] - sums[1]).norm() <= C * (1 + 1e-4)
+
+
+def test_positions_begin_at_the_first_token_or_stay_as_they_are() -> None:
     batch = padded([row_of("labels", n) for n in (5, 3)], 1, left=True, targets_left=True)
-    model = model_of("RobertaForTokenClassification")
-    shared = {**batch, "position_ids": torch.arange(5)[None]}
-    assert unpadded(model, shared, 1)["position_ids"].tolist() == [[0, 1, 2]]
-    own = {**batch, "position_ids": torch.tensor([[0, 1, 2, 3, 4], [9, 9, 0, 1, 2]])}
-    assert unpadded(model, own, 1)["position_ids"].tolist() == [[0, 1, 2]]
+
+    def found(positions: Tensor) -> list[list[int]]:
+        return from_the_first_token({**batch, "position_ids": positions})["position_ids"].tolist()
+
+    counted = [[0, 1, 2, 3, 4], [0, 0, 0, 1, 2]]
+    assert found(torch.arange(5)[None]) == counted
+    assert found(torch.arange(5).repeat(2, 1)) == counted
+    for own in ([1, 1, 0, 1, 2], [0, 0, 7, 8, 9], [5, 5, 0, 1, 2]):
+        assert found(torch.tensor([[0, 1, 2, 3, 4], own]))[1] == own
+
+
+@pytest.mark.parametrize("name", ["BertForQuestionAnswering", "ProphetNetForConditionalGeneration"])
+def test_an_example_alone_loses_its_padding_too(name: str) -> None:
+    """Padded to a fixed length: else a second example would take it away from the first."""
+    kind, options = MODELS[name]
+    rows = [row_of(kind, 5), row_of(kind, 6), row_of(kind, 16)]
+    batch = padded(rows, options["pad_token_id"], left=True, targets_left=True)
+    two, one = ({n: v[:count] for n, v in batch.items()} for count in (2, 1))
+    model = model_of(name)
+    assert (summed(model, two) - summed(model, one)).norm() <= C * (1 + 1e-4)
