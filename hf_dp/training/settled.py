@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +16,6 @@ from torch.utils.data import DataLoader
 from hf_dp.coins import Coins
 from hf_dp.engines import ExampleLoss, GradientEngine, SequentialEngine
 from hf_dp.engines.explain import EngineReport
-from hf_dp.engines.familiar import is_from_library
 from hf_dp.events import Norm
 from hf_dp.plan import PrivacyPlan
 from hf_dp.training.arguments import DPArguments
@@ -38,7 +38,9 @@ if TYPE_CHECKING:
 else:
     _Host = object
 
-_TRUSTED_HOSTS = ("transformers", "trl")  # whose compute_loss is what their models compute
+_TRUSTED_HOSTS = frozenset(
+    {"transformers", "trl"}
+)  # whose compute_loss is what their models compute
 _GATHERED = "_metrics"  # where TRL's compute_loss puts figures for the next lines of the log
 
 
@@ -110,8 +112,11 @@ class SettledMixin(_Host):
     def _computes_loss_as_library(self) -> bool:
         """Whether `compute_loss` is the host's, by where its code is: a decorator may give it any name."""
         function = getattr(self.compute_loss, "__func__", self.compute_loss)
-        of = getattr(function, "__globals__", {}).get("__name__", "")
-        return of.partition(".")[0] in _TRUSTED_HOSTS and is_from_library(function)
+        packages = set()
+        while isinstance(function, FunctionType):
+            packages.add(str(function.__globals__.get("__name__")).partition(".")[0])
+            function = getattr(function, "__wrapped__", None)
+        return bool(packages) and packages <= _TRUSTED_HOSTS
 
     def _compute_loss_of(self, model: nn.Module, alone: dict[str, Any]) -> Any:
         return self.compute_loss(model, alone)

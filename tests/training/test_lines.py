@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import types
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -231,12 +232,20 @@ class CountingTrainer(Trainer):
         self._metrics["entropy"].append(0.0)
         return super().compute_loss(model, inputs, *args, **kwargs)
 
-    compute_loss.__module__ = "trl.trainer"
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "eval_loss" in logs:
             logs |= {"eval_num_tokens": 123, "eval_calls": len(self._metrics["entropy"])}
         super().log(logs, start_time)
+
+
+def as_if_of(module: str, function: Any) -> Any:
+    """The same function, its code in a module of that name."""
+    held = {**function.__globals__, "__name__": module}
+    parts = (function.__name__, function.__defaults__, function.__closure__)
+    return types.FunctionType(function.__code__, held, *parts)
+
+
+CountingTrainer.compute_loss = as_if_of("trl.trainer", CountingTrainer.compute_loss)
 
 
 class DPCountingTrainer(DPTrainerMixin, CountingTrainer):
