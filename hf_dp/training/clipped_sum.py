@@ -43,14 +43,12 @@ from hf_dp.training.own_forward import state_of_loss
 from hf_dp.training.packing import APART
 from hf_dp.training.padding import padded_on_the_left
 from hf_dp.training.positions import axis_of, reads_text
-from hf_dp.training.reductions import IGNORED
 from hf_dp.training.refused_parts import refuse_model
 from hf_dp.training.tasks import unwrapped
 from hf_dp.training.unpadded import (
     from_the_first_token,
-    has_unmarked_padding,
     is_padded,
-    refuse_unmarked,
+    targets_at_the_front,
     unpadded,
 )
 
@@ -85,7 +83,9 @@ def clipped_sum(
 
     Args:
         model: Trainable parameters are those with ``requires_grad``; its mode is left as it is.
-        batch: What the model takes, labels included; tensors have the examples first, ``(B, ...)``.
+        batch: What the model takes, labels included; tensors have the examples first, ``(B, ...)``. Padding
+            is what ``attention_mask`` hides, on either side, and what is ignored around targets of models
+            that translate; without a mask all positions are the example's own.
         clipping_norm: Bound on each example's share, > 0.
         clipping_norm_type: In which norm: "l2", or "l1", the sum of absolute values. For "l1" gradients
             are written out for each example, which takes as many numbers as are trained.
@@ -140,9 +140,9 @@ def _by_default(
 ) -> ClippedSum:
     """With the loss that the model returns for each example alone, without its neighbours' padding."""
     if not isinstance(batch, OneExample):
-        batch = from_the_first_token(batch)
-    if _begins_with_padding(batch):
-        batch = moved_to_the_front(model, batch) or batch
+        batch = targets_at_the_front(model, from_the_first_token(batch))
+        if _begins_with_padding(batch):
+            batch = moved_to_the_front(model, batch) or batch
     loss, engine = _default_loss(model, batch, engine)
     each = functools.partial(_of_pieces, definition_loss(_own_loss, trim_padding=False))
     sizes = owners.sizes if owners else (1,) * batch_size(batch)
@@ -257,15 +257,10 @@ def _default_loss(
     model: nn.Module, batch: Mapping[str, Any], engine: GradientEngine
 ) -> tuple[ExampleLoss | None, GradientEngine]:
     """The loss of a whole batch; None where each example must be by itself, without padding."""
-    named = isinstance(engine, SequentialEngine)
-    unmarked = has_unmarked_padding(model, batch)
-    if isinstance(batch, OneExample) or batch_size(batch) == 0 or (named and not unmarked):
+    one_by_one = isinstance(engine, SequentialEngine) or batch_size(batch) == 0
+    if isinstance(batch, OneExample) or one_by_one:
         return None, SequentialEngine()
     choice = _choice(model, batch)
-    if unmarked and choice.alone:
-        refuse_unmarked()
-    if named:
-        return None, engine
     untried = not _was_tried(model, batch, choice)
     if not (choice.alone or untried):
         return choice.example_loss, engine
@@ -291,10 +286,7 @@ def _default_loss(
 
 def _was_tried(model: nn.Module, batch: Mapping[str, Any], choice: Choice) -> bool:
     """Whether examples that attend to anything are padded as the made-up ones are."""
-    tried, labels = choice.tried(model), batch.get("labels")
-    if tried.translates and isinstance(labels, Tensor) and labels.dim() > 1:
-        if bool((labels[:, :1] == IGNORED).any()):
-            return False  # a decoder would begin with what others' length made of it
+    tried = choice.tried(model)
     if reads_text(batch):
         tried = dataclasses.replace(tried, least=1)
     texts = select_rows(batch, attended(batch).nonzero().flatten().tolist())

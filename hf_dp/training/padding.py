@@ -38,13 +38,16 @@ logger = logging.getLogger(__name__)
 
 _TOLERANCE = 1e-5
 _BOUNDS = (2, 10)  # of the whole numbers that are tried
-_WINDOWS = re.compile(r"window|chunk|local_att|topk|block_size")
+_WINDOWS = re.compile(r"window|chunk|local_att|block_size")
 """Words in the names of a configuration's numbers that may set what longer texts look at."""
+
+_KEYS = re.compile(r"index\w*_topk|topk_(tokens|keys|blocks)|keep_window")
+"""Of how many keys the best are chosen: among more, padding is a candidate, and products hide how many."""
 
 _LONG = 65  # as if every model had such a window: some have blocks that no configuration names
 _BEYOND = 9  # by so many tokens more than twice a window is tried
 _TRIED = 5  # texts that are longer than it; of some windows not every text shows it
-_LONGEST = 128  # windows above that are not tried, for it takes as long as training does
+_LONGEST = 128  # windows above that are not tried: it would take longer than training
 _MOST_PARAMETERS = 2_000_000_000  # of which a copy in float32, 8 GB, is made for the test
 
 
@@ -90,8 +93,8 @@ def padded_up_to(
 ) -> int | None:
     """How long texts may be of which padding that changes no short one's loss changes none.
 
-    Longer ones may look at less of what they hold: at windows, at chunks, at a choice of keys. They are tried
-    as far as that takes few tokens.
+    Longer ones may look at less of what they hold: at windows, at chunks, at a choice of keys. Short windows
+    are tried; where keys are chosen, as many as these is the end.
 
     Args:
         loss: One loss per example, which `padding_matters` found to be its own.
@@ -102,28 +105,32 @@ def padded_up_to(
     Returns:
         None where no text is too long; 0 where all are.
     """
-    room, on_cpu = room_of(model), next(model.parameters()).device.type == "cpu"
-    if not reads_text(columns) or axis_of(columns) > 1 or (room is None and not on_cpu):
-        return None  # without a limit, too long a text might be the end of an accelerator's process
-    for width in sorted({*_windows_of(model), _LONG}):
-        if room is not None and width >= room:
-            return None
-        longest = int(min(2 * width + _BEYOND, room or math.inf))
+    if not reads_text(columns) or axis_of(columns) > 1:
+        return None
+    known = room_of(model)
+    room = math.inf if known is None else known
+    keys = min(_numbers_of(model, _KEYS), default=math.inf)
+    windows = {n for n in _numbers_of(model, _WINDOWS) if n <= _LONGEST} | {_LONG}
+    if known is None and next(model.parameters()).device.type != "cpu":
+        windows = set()  # too long a text might be the end of an accelerator's process
+    for width in sorted(windows):
+        if width >= min(keys, room):
+            break
+        longest = int(min(2 * width + _BEYOND, room))
         steps = range(longest, width, -max(1, (longest - width) // _TRIED))
         lengths = (*steps, 3, max(2, width // 2))
-        if width > _LONGEST or not _is_alike(loss, model, columns, lengths, padding_id):
+        if not _is_alike(loss, model, columns, lengths, padding_id):
             return 0 if width == _LONG else width
-    return None
+    return int(keys) if keys < room else None
 
 
-def _windows_of(model: nn.Module) -> set[int]:
+def _numbers_of(model: nn.Module, words: re.Pattern[str]) -> set[int]:
     config: Any = getattr(unwrapped(model), "config", None)
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
-    named = [value for name, value in vars(config or object).items() if _WINDOWS.search(name)]
-    numbers = [
-        n for value in named for n in (value if isinstance(value, list | tuple) else [value])
-    ]
+    named = vars(config or object).items()
+    values = [v for name, v in named if words.search(name)]
+    numbers = [n for v in values for n in (v if isinstance(v, list | tuple) else [v])]
     return {n for n in numbers if isinstance(n, int) and n > 1}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,7 @@ def unpadded(model: nn.Module, inputs: Mapping[str, Any], index: int) -> Mapping
     mask = one.get(MASK)
     if isinstance(mask, Tensor) and mask.dim() == axis_of(one) + 1:
         one = _without_hidden(one, mask, targets, several=several)
-    return _without_ignored(one, several=several) if targets else one
+    return _without_ignored(one) if targets else one
 
 
 def from_the_first_token(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -92,33 +92,48 @@ def _without_hidden(
     return cut
 
 
-def _without_ignored(one: dict[str, Any], *, several: bool) -> dict[str, Any]:
+def _without_ignored(one: dict[str, Any]) -> dict[str, Any]:
     labels = one["labels"]
     if not isinstance(labels, Tensor) or labels.dim() != 2 or labels.is_floating_point():
         return one
-    width, marks = labels.shape[1], one.get(TARGET_MASK)
-    own = (labels[0] != IGNORED) if marks is None else marks[0] != 0
-    places = own.nonzero().flatten()
-    if len(places) in (0, width):
+    marks = one.get(TARGET_MASK)
+    places = ((labels[0] != IGNORED) if marks is None else marks[0] != 0).nonzero().flatten()
+    if len(places) == 0:
         return one
-    first, last = int(places[0]), int(places[-1])
-    if first > 0 and one.get("decoder_input_ids") is not None and marks is None:
-        if not several:
-            return one
-        raise _not_told("labels", "targets that begin with -100, where decoder_input_ids are given")
-    names = [
-        n for n in _OF_TARGET if isinstance(one.get(n), Tensor) and one[n].shape[:2] == (1, width)
-    ]
-    return {**one, **{name: one[name][:, first : last + 1] for name in names}}
+    names = (n for n in _OF_TARGET if isinstance(one.get(n), Tensor))
+    own = [name for name in names if one[name].shape[:2] == labels.shape]
+    return {**one, **{name: one[name][:, : int(places[-1]) + 1] for name in own}}
 
 
-def has_unmarked_padding(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
-    """Whether texts of several examples end with the model's padding token, and no mask tells."""
-    ids = inputs.get("input_ids")
-    token = getattr(getattr(unwrapped(model), "config", None), "pad_token_id", None)
-    if MASK in inputs or not isinstance(ids, Tensor) or ids.dim() < 2 or len(ids) < _SEVERAL:
-        return False
-    return isinstance(token, int) and bool((ids[..., -1:] == token).any())
+def targets_at_the_front(model: nn.Module, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The same examples of a model that translates, their targets beginning with what is to be learned.
+
+    A loop of one's own may have padded them on the left. So what is ignored before the first target counts
+    as padding, and where ``decoder_input_ids`` are given, as far as these are the padding token.
+
+    Args:
+        model: Asked whether it is an encoder-decoder, and for its padding token.
+        inputs: With ``labels`` of ``(B, L)``; with a mask of the decoder's they stay as they are.
+    """
+    labels, given = inputs.get("labels"), inputs.get("decoder_input_ids")
+    if not is_encoder_decoder(model) or not isinstance(labels, Tensor) or TARGET_MASK in inputs:
+        return inputs
+    if labels.dim() != 2 or labels.is_floating_point() or not labels.numel():
+        return inputs
+    ahead = (labels != IGNORED).to(torch.uint8).argmax(1, keepdim=True)  # 0 where all are ignored
+    moved = {"labels": labels}
+    if isinstance(given, Tensor) and given.shape == labels.shape:
+        config: Any = getattr(unwrapped(model), "config", None)
+        token = getattr(config, "pad_token_id", None)
+        empty = given.ne(-1 if token is None else token).to(torch.uint8).argmax(1, keepdim=True)
+        if token == getattr(config, "decoder_start_token_id", None):
+            empty = (empty - 1).clamp(min=0)
+        ahead = ahead.minimum(empty)
+        moved["decoder_input_ids"] = given
+    elif given is not None:
+        return inputs
+    places = (torch.arange(labels.shape[1], device=labels.device) + ahead) % labels.shape[1]
+    return {**inputs, **{name: value.gather(1, places) for name, value in moved.items()}}
 
 
 def is_padded(inputs: Mapping[str, Any], *, translates: bool) -> bool:
@@ -128,11 +143,6 @@ def is_padded(inputs: Mapping[str, Any], *, translates: bool) -> bool:
     if isinstance(labels, Tensor) and labels.dim() > 1:
         masks.append(labels[:, [0, -1]] != IGNORED)
     return batch_size(inputs) >= _SEVERAL and not all(bool(mask.all()) for mask in masks)
-
-
-def refuse_unmarked() -> NoReturn:
-    """Refuse such padding where the model reads it."""
-    raise _not_told("input_ids", "padding without an attention_mask")
 
 
 def _not_told(column: str, what: str) -> ConfigurationError:

@@ -30,6 +30,7 @@ SMALL = {
     "num_attention_heads": 2,
     "pad_token_id": 0,
 }
+KEYS = {"num_key_value_heads": 1, "head_dim": 8, "keep_window_size": 8}
 COLUMNS = {name: torch.ones(1, 5).long() for name in ("input_ids", "attention_mask", "labels")}
 LOSS = vectorised_loss(Task.CAUSAL_LM)
 C = 0.01
@@ -49,7 +50,7 @@ def of(name: str, **options: Any) -> nn.Module:
 
 def doge(**options: Any) -> nn.Module:
     """Keeps the largest of so many keys, and whether any is left out follows padding."""
-    return of("DogeForCausalLM", num_key_value_heads=1, head_dim=8, keep_window_size=8, **options)
+    return of("DogeForCausalLM", **{**KEYS, **options})
 
 
 class InBlocks(tf.LlamaForCausalLM):
@@ -110,11 +111,11 @@ def test_windows_that_do_not_are_not(name: str, options: dict[str, Any]) -> None
     assert upto(of(name, **options)) is None
 
 
-def test_windows_too_long_to_be_tried_are_taken_for_a_limit() -> None:
-    model = of("MistralForCausalLM", sliding_window=1024, max_position_embeddings=4096)
-    assert upto(model) == 1024
-    shorter = of("MistralForCausalLM", sliding_window=1024, max_position_embeddings=512)
-    assert upto(shorter) is None, "no text is as long as that"
+@pytest.mark.parametrize("keys", [8, 40, 2048])
+def test_as_many_keys_as_are_chosen_is_the_end(keys: int) -> None:
+    """Whatever a trial shows: products of it may be the true number."""
+    model = doge(keep_window_size=keys)
+    assert upto(model) == (keys if keys < 298 else None), "no text is longer than the positions"
 
 
 def test_what_the_model_has_no_positions_for_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from user_runs import clipped, close
 
 from hf_dp import clipped_sum
+from hf_dp.engines import OneExample
 from hf_dp.errors import ConfigurationError
 from hf_dp.training import clipped_sum as module
 from hf_dp.training.alone import alone
-from hf_dp.training.unpadded import from_the_first_token, unpadded
+from hf_dp.training.unpadded import from_the_first_token, targets_at_the_front, unpadded
 
 C = 1e-2
 LENGTHS = (14, 3, 4, 5, 6, 3)
@@ -165,14 +166,17 @@ def test_a_long_neighbour_drops_no_example() -> None:
         assert (one - other).norm() <= C * (1 + 1e-6)
 
 
-def test_engines_that_take_a_batch_at_once_refuse_it() -> None:
+@pytest.mark.parametrize("engine", ["two_pass", "book_keeping"])
+def test_engines_that_take_a_batch_at_once_take_targets_from_the_left(engine: str) -> None:
     kind, options = MODELS["T5ForConditionalGeneration"]
     rows = [row_of(kind, length) for length in LENGTHS]
-    batch = padded(rows, options["pad_token_id"], left=False, targets_left=True)
     model = model_of("T5ForConditionalGeneration")
-    for engine in ("two_pass", "book_keeping"):
-        with pytest.raises(ConfigurationError, match="padding on the left"):
-            summed(model, batch, engine)
+    sides = {name: name == "left" for name in ("right", "left")}
+    right, left = (
+        summed(model, padded(rows, options["pad_token_id"], left=False, targets_left=on), engine)
+        for on in sides.values()
+    )
+    assert close(left, right, 1e-4)
 
 
 def test_a_column_of_ones_own_that_is_as_wide_is_refused() -> None:
@@ -184,32 +188,37 @@ def test_a_column_of_ones_own_that_is_as_wide_is_refused() -> None:
     assert unpadded(model, {n: v[1:] for n, v in batch.items()}, 0)["rewards"].shape == (1, 5)
 
 
-def test_padding_that_nothing_marks_is_refused_where_it_matters() -> None:
-    batch = padded([row_of("labels", n) for n in (5, 3)], 1, left=False, targets_left=False)
-    del batch["attention_mask"]
-    for engine in ("auto", "sequential", "two_pass"):
-        with pytest.raises(ConfigurationError, match="padding without an attention_mask"):
-            summed(tagger(), batch, engine)
-    causal = tf.GPT2LMHeadModel(
-        tf.GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2, pad_token_id=1)
-    )
-    assert summed(causal.eval(), batch).norm() > 0
-
-
-def tagger() -> nn.Module:
-    """No position offset that follows the padding token, as RoBERTa's has."""
-    return tf.BertForTokenClassification(tf.BertConfig(**ENCODER)).eval()
+@pytest.mark.parametrize("engine", ["auto", "two_pass", "sequential"])
+def test_targets_of_which_nothing_is_learned_stop_nobody(engine: str) -> None:
+    batch = padded([row_of("translates", n) for n in (8, 4)], 1, left=False, targets_left=False)
+    model = model_of("BartForConditionalGeneration")
+    expected = summed(model, {name: value[:1] for name, value in batch.items()}, engine)
+    batch["labels"][1] = -100
+    assert close(summed(model, batch, engine), expected, 1e-4)
 
 
 def test_a_prompt_for_a_decoder_is_not_taken_for_padding() -> None:
-    model = model_of("BartForConditionalGeneration")
-    batch = padded([row_of("translates", n) for n in (8, 4)], 1, left=True, targets_left=False)
-    batch["labels"][:, :2] = -100
-    batch["decoder_input_ids"] = torch.full_like(batch["labels"], 5)
-    with pytest.raises(ConfigurationError, match="where decoder_input_ids are given"):
-        unpadded(model, batch, 0)
-    batch["decoder_attention_mask"] = torch.ones_like(batch["labels"])
-    assert unpadded(model, batch, 0)["labels"].shape == batch["labels"][:1].shape
+    model = model_of("BartForConditionalGeneration")  # begins with 2, pads with 1
+    labels = torch.tensor([[-100, -100, 7, 8], [-100, -100, 9, 10], [-100, 5, 6, -100]])
+    given = torch.tensor([[2, 4, 5, 7], [1, 1, 2, 9], [2, 4, 5, 1]])
+    found = targets_at_the_front(model, {"labels": labels, "decoder_input_ids": given})
+    assert found["labels"].tolist() == [[-100, -100, 7, 8], [9, 10, -100, -100], [-100, 5, 6, -100]]
+    assert found["decoder_input_ids"].tolist() == [[2, 4, 5, 7], [2, 9, 1, 1], [2, 4, 5, 1]]
+    t5 = model_of("T5ForConditionalGeneration")  # begins and pads with 1
+    given = torch.tensor([[1, 4, 5, 7], [1, 1, 1, 9], [1, 4, 5, 1]])
+    found = targets_at_the_front(t5, {"labels": labels, "decoder_input_ids": given})
+    assert found["decoder_input_ids"].tolist() == [[1, 4, 5, 7], [1, 9, 1, 1], [1, 4, 5, 1]]
+    marked = {"labels": labels, "decoder_attention_mask": torch.ones(3, 4)}
+    assert targets_at_the_front(model, marked) is marked
+
+
+def test_a_batch_that_is_one_example_may_be_padded_on_the_left() -> None:
+    one = OneExample(
+        input_ids=torch.tensor([[1, 5, 6]]),
+        attention_mask=torch.tensor([[0, 1, 1]]),
+        labels=torch.tensor([[-100, 1, 0]]),
+    )
+    assert summed(model_of("RobertaForTokenClassification"), one).norm() > 0
 
 
 @pytest.mark.parametrize("given", ["shared", "each row's"])
