@@ -15,7 +15,8 @@ from hf_dp.training.positions import PER_TOKEN, axis_of
 from hf_dp.training.reductions import IGNORED
 from hf_dp.training.tasks import is_encoder_decoder, unwrapped
 
-_OF_TEXT = PER_TOKEN | {"labels", "input_values", "input_features"}
+_READ = frozenset({"input_ids", "inputs_embeds", "input_values", "input_features"})
+_OF_TEXT = PER_TOKEN | _READ | {"labels"}
 _OF_TARGET = ("labels", "decoder_input_ids", TARGET_MASK)
 _ENDS = ("start_positions", "end_positions")
 _POSITIONS = "position_ids"
@@ -79,6 +80,8 @@ def _without_hidden(
         if isinstance(value, Tensor) and value.shape[axis : axis + 1] == (width,)
     }
     wide = {n for n in wide.difference(targets) if n != "labels" or not one[n].is_floating_point()}
+    if wide.isdisjoint(_READ):
+        return one  # the mask counts positions in another place, as Whisper's does
     if not wide <= _OF_TEXT:
         if not several:
             return one

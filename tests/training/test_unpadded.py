@@ -188,6 +188,17 @@ def test_a_column_of_ones_own_that_is_as_wide_is_refused() -> None:
     assert unpadded(model, {n: v[1:] for n, v in batch.items()}, 0)["rewards"].shape == (1, 5)
 
 
+def test_a_mask_of_other_places_than_the_first_cuts_nothing() -> None:
+    """Whisper's counts frames, the last axis of its features."""
+    features, mask = torch.randn(2, 4, 12), torch.ones(2, 12).long()
+    mask[1, 6:] = 0
+    batch = {"input_features": features, "attention_mask": mask, "labels": torch.ones(2, 3).long()}
+    model = model_of("BartForConditionalGeneration")
+    found = unpadded(model, batch, 1)
+    assert found["input_features"].shape == (1, 4, 12)
+    assert found["attention_mask"].shape == (1, 12)
+
+
 @pytest.mark.parametrize("engine", ["auto", "two_pass", "sequential"])
 def test_targets_of_which_nothing_is_learned_stop_nobody(engine: str) -> None:
     batch = padded([row_of("translates", n) for n in (8, 4)], 1, left=False, targets_left=False)
