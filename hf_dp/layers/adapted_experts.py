@@ -53,14 +53,14 @@ class AdaptedExperts:
     def __call__(self, call: WholeCall) -> list[Factor] | None:
         """A factor for each of the call's parameters; None if the call is not as the formula has it."""
         wrappers = list(_wrappers(call.module))
-        active = ((wrapper, _adapter_of(wrapper)) for wrapper in wrappers)
-        pairs = [_Pair.of(wrapper, adapter) for wrapper, adapter in active if adapter is not None]
-        if len(pairs) < len(wrappers):
+        adapters = [_adapter_of(wrapper) for wrapper in wrappers]
+        active = [(w, a) for w, a in zip(wrappers, adapters, strict=True) if a is not None]
+        if len(active) < len(wrappers):
             return None
+        pairs = [_Pair.of(wrapper, adapter) for wrapper, adapter in active]
         experts = copy.copy(wrappers[-1].base_layer)
         own = experts._parameters
-        with torch.no_grad():
-            adapted = {p.name: nn.Parameter(p.added_to(own[p.name]), False) for p in pairs}
+        adapted = {w.parameter_name: _adapted(w, a, own[w.parameter_name]) for w, a in active}
         experts._parameters = {**own, **adapted}
         found = self.rule.of_call(call, experts)
         if found is None:
@@ -111,16 +111,6 @@ class _Pair:
         second = self.second.detach().view(len(self.second), -1, self.experts).permute(2, 0, 1)
         return (first.mT, second.mT) if self.turned else (second, first)
 
-    def added_to(self, matrices: Tensor | None) -> Tensor:
-        """``W + s L R``, in the type of W, rounded where PEFT rounds."""
-        assert matrices is not None
-        left, right = self.sides
-        with torch.autocast(matrices.device.type, enabled=False):
-            if left.dtype == matrices.dtype:
-                return torch.baddbmm(matrices.detach(), left, right, alpha=self.scaling)
-            added = (left @ right).mul_(self.scaling)
-            return matrices.detach() + added.to(matrices.dtype)
-
     def factors(self, whole: Factor) -> Mapping[int, Factor]:
         """Id of A and of B -> its factor, from that of W."""
         assert isinstance(whole, Routed)
@@ -166,6 +156,17 @@ def _adapter_of(wrapper: Any) -> str | None:
     )
 
 
+def _adapted(wrapper: Any, adapter: str, matrices: Tensor) -> nn.Parameter:
+    """``W + s L R``, rounded where PEFT rounds."""
+    with torch.no_grad(), torch.autocast(matrices.device.type, enabled=False):
+        if hasattr(wrapper, "get_delta_factors"):  # since 0.21: L and R are rounded first
+            left, right, scaling = wrapper.get_delta_factors(adapter)
+            found = torch.baddbmm(matrices, left, right, alpha=scaling)
+        else:
+            found = matrices + wrapper.get_delta_weight(adapter)
+    return nn.Parameter(found, requires_grad=False)
+
+
 def _is_right(wrapper: Any) -> bool:
     """Whether PEFT adds, for random A and B of small widths, what the formula says."""
     rank, first, second = 2, 3, 5
@@ -174,7 +175,7 @@ def _is_right(wrapper: Any) -> bool:
     if adapter is None or wrapper.num_experts < 2:
         return False
     try:
-        twin = copy.copy(wrapper)
+        twin, own = copy.copy(wrapper), wrapper.get_param().dtype
         ranks = rank * wrapper.num_experts
         small = {"lora_A": (ranks, first), "lora_B": (second, ranks)}
         twin._modules = dict(wrapper._modules)
@@ -182,11 +183,10 @@ def _is_right(wrapper: Any) -> bool:
             layer = nn.Linear(inputs, outputs, bias=False)
             layer.weight.data = torch.randn(outputs, inputs, generator=generator)
             twin._modules[name] = nn.ModuleDict({adapter: layer})
-        with torch.no_grad():
-            added = twin.get_delta_weight(adapter)
-            pair = _Pair.of(twin, adapter)
-            gap = pair.added_to(torch.zeros_like(added)) - added
-        rounding = max(_AGREEMENT, 4 * torch.finfo(added.dtype).eps)
-        return bool(gap.norm() <= rounding * added.norm())
+        pair = _Pair.of(twin, adapter)
+        expected = torch.matmul(*pair.sides) * pair.scaling
+        found = _adapted(twin, adapter, expected.new_zeros(expected.shape, dtype=own))
+        rounding = max(_AGREEMENT, 4 * torch.finfo(own).eps)
+        return bool((found - expected).norm() <= rounding * expected.norm())
     except Exception:  # of another version of PEFT
         return False
