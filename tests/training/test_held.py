@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import tiny_bert, trainer_for
+from tiny_runs import fixed, tiny_bert, trainer_for
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
@@ -59,7 +59,8 @@ CHANGES: dict[str, Change] = {
 def test_what_the_forward_pass_changes_is_refused(tmp_path: Path, how: str) -> None:
     model = tiny_bert()
     model.dropout = Book(CHANGES[how])
-    trainer = trainer_for(tmp_path, model=model, dp={"engine": "sequential", "preflight": False})
+    dp = {"engine": "sequential", "preflight": False}
+    trainer = trainer_for(tmp_path, model=model, coins=fixed(), dp=dp)
     with pytest.raises(PrivacyError, match=r"model\.dropout\.\w+: expected a tensor that the"):
         trainer.train()
     assert read_ledger(tmp_path / LEDGER_NAME).num_releases == 0
@@ -85,7 +86,7 @@ def test_a_model_that_kept_something_is_of_no_use_any_more(
     model = tiny_bert()
     model.dropout = Book()
     options = {"dp": {"engine": "sequential", "preflight": False}, "model": model}
-    trainer = trainer_for(tmp_path, **options, callbacks=[FromTheFirstStep()])
+    trainer = trainer_for(tmp_path, **options, coins=fixed(), callbacks=[FromTheFirstStep()])
     with pytest.raises(PrivacyError, match=r"expected a tensor that the .* Load the model anew"):
         trainer.train()
     trainer.remove_callback(FromTheFirstStep)

@@ -124,7 +124,7 @@ def test_shorter_examples_may_be_more() -> None:
 
 
 def test_one_example_that_does_not_fit_is_a_clear_error(tmp_path: Path) -> None:
-    trainer = trainer_for(tmp_path, dp={"preflight": False})
+    trainer = trainer_for(tmp_path, coins=fixed(), dp={"preflight": False})
     trainer.engine = Small(0)
     before = weights(trainer.model)
     with pytest.raises(ConfigurationError, match="one example: expected it to fit in memory"):

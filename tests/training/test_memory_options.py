@@ -101,7 +101,7 @@ def test_reentrant_checkpoints_of_the_users_own_are_refused(
 ) -> None:
     dp = {"engine": engine, "preflight": preflight}
     with pytest.raises(ConfigurationError, match=r"^model\.gradient_checkpointing_enable="):
-        trainer_for(tmp_path, model=checkpointed(True), dp=dp).train()
+        trainer_for(tmp_path, model=checkpointed(True), coins=fixed(), dp=dp).train()
     assert read_ledger(tmp_path / LEDGER_NAME).num_releases == 0
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_runs import trainer_for
+from tiny_runs import fixed, trainer_for
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import TrainerCallback
@@ -41,6 +41,7 @@ class Curriculum(TrainerCallback):
 def run(folder: Path, objective: Objective) -> Any:
     return trainer_for(
         folder,
+        coins=fixed(),
         host={"max_steps": 3},
         dp={"preflight": False},
         example_loss=objective,

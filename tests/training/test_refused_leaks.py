@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from tiny_runs import Sentences, collate, refused, tiny_bert, trainer_for
+from tiny_runs import Sentences, collate, fixed, refused, tiny_bert, trainer_for
 from torch import Tensor, nn
 
 from hf_dp.errors import ConfigurationError, LedgerMismatchError, PrivacyError
@@ -103,7 +103,8 @@ class Codebook(nn.Module):
 def test_a_frozen_parameter_that_the_forward_pass_changes(tmp_path: Path, engine: str) -> None:
     model = tiny_bert()
     model.dropout = Codebook()
-    trainer = trainer_for(tmp_path, model=model, dp={"engine": engine, "preflight": False})
+    dp = {"engine": engine, "preflight": False}
+    trainer = trainer_for(tmp_path, model=model, coins=fixed(), dp=dp)
     with pytest.raises(PrivacyError, match=r"model\.dropout\.counts: expected a tensor that"):
         trainer.train()
     assert read_ledger(tmp_path / LEDGER_NAME).num_releases == 0

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import user_runs
-from tiny_runs import weights
+from tiny_runs import fixed, weights
 from user_runs import (
     EVERYBODY,
     NUM_USERS,
@@ -72,7 +72,7 @@ def test_what_is_released_is_divided_by_the_expected_number_of_users(
     tmp_path: Path, recorded: Recorded
 ) -> None:
     dp = {"expected_batch_size": 5, "private_loss": False, "noise_multiplier": 1e-6}
-    made = trainer(tmp_path, host={**ONE, "learning_rate": 1.0}, dp=dp)
+    made = trainer(tmp_path, host={**ONE, "learning_rate": 1.0}, dp=dp, coins=fixed())
     before = weights(made.model)
     made.train()
     moved = before - weights(made.model)

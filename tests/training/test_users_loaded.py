@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers as tf
 from datasets import Dataset
+from tiny_runs import fixed
 from torch import Tensor, nn
 from user_runs import (
     EVERYBODY,
@@ -101,6 +102,7 @@ def test_neither_collator_nor_model_sees_the_users(
         tmp_path,
         train_dataset=make(),
         data_collator=collator,
+        coins=fixed(),
         host={"remove_unused_columns": removing, "max_steps": 1},
         dp={"user_column": "author", "user_sampling": sampling, "expected_batch_size": 6},
     )
@@ -189,7 +191,7 @@ def test_views_and_transforms_of_a_table_keep_their_users(
             tmp_path / str(place),
             train_dataset=view,
             host={"max_steps": 1, "remove_unused_columns": False},
-            dp={"expected_batch_size": 4, "private_loss": False, "max_examples_per_user": 7},
+            dp={**EVERYBODY, "max_examples_per_user": 7},
             data_collator=lambda given: pad(
                 [
                     {n: v.tolist() if isinstance(v, Tensor) else v for n, v in row.items()}
